@@ -1,0 +1,150 @@
+"""A mistake is told in one line with a non-zero exit, leaves nothing half-written, and the same command works once its cause is gone."""
+import os, resource, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+from tinytransformer.cli import main
+
+COMMAND = str(Path(sys.executable).with_name("tinytransformer"))
+
+
+def refusal(*args: str) -> str:
+    "The one line with which a command refuses."
+    with pytest.raises(SystemExit) as stop: main(list(args))
+    message = stop.value.code
+    assert isinstance(message, str) and message.startswith("tinytransformer: ") and "\n" not in message and "Traceback" not in message
+    return message
+
+
+TRAIN = ["train", "--config", "tiny", *SMALL]
+
+
+@pytest.mark.parametrize("args, said", [
+    ("", "prepare,train,evaluate,generate"),
+    ("trian", "'trian'"),
+    ("train", "--config is missing"),
+    ("train --config nope", "no configuration 'nope': give tiny, wikitext2"),
+    ("train --config tiny --model.num_layer 3", "--model.num_layer"),
+    ("train --config tiny --modle.num_layers 3", "--modle.num_layers"),
+    ("train --config tiny --model.num_layers many", "model.num_layers is 'many': give int"),
+    ("train --config tiny --model.num_heads 3", "num_heads 3 does not divide"),
+    ("train --config tiny --model.dropout 1.5", "dropout is 1.5"),
+    ("train --config tiny --model.seq_len 0", "seq_len is 0"),
+    ("train --config tiny --train.learning_rate -1", "learning_rate is -1"),
+    ("train --config tiny --train.batch_size 0", "batch_size is 0"),
+    ("train --config tiny --data.articles 1", "articles is 1"),
+    ("train --config tiny --data.vocab_size 100", "vocab_size is 100"),
+    ("train --config tiny --data.dataset wikitext", "'wikitext'"),
+    ("train --config tiny --sample.top_p 0", "top_p is 0"),
+    ("evaluate nowhere", "nowhere is no run folder"),
+    ("generate nowhere hello", "nowhere is no run folder"),
+    ("evaluate runs/small --split tset", "'tset'"),
+    ("generate runs/small", "PROMPT"),
+    ("generate runs/small hello --temperature -1", "temperature is -1"),
+    ("generate runs/small hello --temperature hot", "temperature is 'hot': give float"),
+    ("generate runs/small hello --top_k 0", "top_k is 0"),
+])
+def test_refused(here, args, said):
+    assert said in refusal(*args.split())
+
+
+@pytest.mark.parametrize("text, said", [("model: [1", "cannot be read as YAML|nable"), ("model:\n  num_layer: 3\n", "num_layer"), ("modle:\n  num_layers: 3\n", "modle"), ("just words", "words|config")])
+def test_config_file_refused(tmp_path, text, said):
+    import re
+    (tmp_path/"mine.yaml").write_text(text)
+    assert re.search(said, refusal("train", "--config", str(tmp_path/"mine.yaml")))
+
+
+def test_prompts_refused(here):
+    assert "empty" in refusal("generate", "runs/small", "")
+    assert "context of 32" in refusal("generate", "runs/small", "far too long " * 30)
+
+
+def test_text_too_short_or_small(here):
+    assert "text has" in refusal(*TRAIN, "--run", "runs/short", "--model.seq_len", "100000")
+    assert "batch_size is 100000" in refusal(*TRAIN, "--run", "runs/big", "--train.batch_size", "100000")
+    assert "different pieces" in refusal(*TRAIN, "--run", "runs/rich", "--data.vocab_size", "50000")
+    assert "leave it out" in refusal(*TRAIN, "--run", "runs/other", "--model.vocab_size", "301")
+    assert not any((here/"runs"/name).exists() for name in ("short", "big", "rich", "other"))  # nothing half-made
+    main([*TRAIN, "--run", "runs/short"])  # the same command with its cause gone
+
+
+def test_run_folder_is_never_overwritten(here):
+    before = (here/"runs/small/model.safetensors").read_bytes()
+    assert "runs/small holds something already" in refusal(*TRAIN, "--run", "runs/small")
+    assert (here/"runs/small/model.safetensors").read_bytes() == before
+
+
+@pytest.fixture
+def own_data(workspace, tmp_path, monkeypatch):
+    "A copy of the workspace that may be damaged."
+    shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "pickle", "empty"])
+def test_damaged_tensors(own_data, damage):
+    path = next((own_data/"data/processed").glob("*/train.pt"))
+    if damage == "truncated": path.write_bytes(path.read_bytes()[:-100])
+    if damage == "foreign": torch.save(dict(tokens=torch.zeros(9), fingerprint="of another text"), path)
+    if damage == "pickle": torch.save(dict(tokens=subprocess.run), path)  # code, not numbers: never loaded
+    if damage == "empty": path.write_bytes(b"")
+    message = refusal("evaluate", "runs/small")
+    assert "train.pt" in message and "delete" in message
+    shutil.rmtree(path.parent)  # what the message says
+    main(["evaluate", "runs/small"])
+
+
+def test_damaged_rows(own_data):
+    path = next((own_data/"data/raw").glob("*/train/*.arrow"))
+    path.write_bytes(path.read_bytes()[:200])
+    assert "data/raw" in refusal("evaluate", "runs/small")
+    shutil.rmtree(path.parent.parent)
+    main(["evaluate", "runs/small"])
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "model.safetensors", "tokenizer.json", "summary.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_run(own_data, name, damage):
+    path = own_data/"runs/small"/name
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "truncated": path.write_bytes(data[:20])
+    refusal("generate", "runs/small", "hello")
+    path.write_bytes(data)
+    main(["generate", "runs/small", "hello"])
+
+
+def test_other_data_than_trained_on(own_data):
+    path = own_data/"runs/small/config.yaml"
+    path.write_text(path.read_text().replace("articles: 60", "articles: 61"))
+    assert "other data" in refusal("evaluate", "runs/small")
+
+
+@pytest.mark.parametrize("limit", [20_000, 200_000])
+def test_full_disk(tmp_path, limit):
+    "No file may grow beyond `limit` bytes, as on a disk that fills up: nothing half-written stays, and with room it works."
+    def no_room():
+        import signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing fails with an error, as it does on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    command = [COMMAND, "prepare", "--config", "tiny", "--data.articles", "600"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=no_room)
+    assert done.returncode != 0 and done.stderr.startswith("tinytransformer: ") and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not list((tmp_path/"data").glob("processed/*")) and not list((tmp_path/"data").glob("raw/.*"))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_killed_while_preparing(tmp_path):
+    "What a killed run leaves behind is swept away by the next."
+    for folder in ("raw", "processed"): (tmp_path/"data"/folder).mkdir(parents=True)
+    done = subprocess.run([COMMAND, "prepare", "--config", "tiny", *SMALL[:4]], cwd=tmp_path, capture_output=True, text=True)
+    made = [p for folder in ("raw", "processed") for p in (tmp_path/"data"/folder).iterdir()]
+    for path in made: path.rename(path.with_name(f".{path.name}.12345"))  # as if killed just before the rename
+    done = subprocess.run([COMMAND, "prepare", "--config", "tiny", *SMALL[:4]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p for folder in ("raw", "processed") for p in (tmp_path/"data"/folder).iterdir()) == sorted(made)

@@ -1,0 +1,92 @@
+"""The real download path, against the Hub or a mirror of it: `pytest --hub`."""
+import os, subprocess, sys, threading, urllib.error, urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+pytestmark = [pytest.mark.hub, pytest.mark.xdist_group("hub")]
+COMMAND = str(Path(sys.executable).with_name("tinytransformer"))
+HUB = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
+
+
+def run(folder: Path, args: str, endpoint: str = HUB) -> subprocess.CompletedProcess:
+    "Run the command in `folder`, with a cache of its own, so that nothing is answered from an older download."
+    env = dict(os.environ, HF_ENDPOINT=endpoint, HF_HOME=str(folder/"cache"), HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1")
+    return subprocess.run([COMMAND, *args.split()], cwd=folder, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    "A folder where WikiText-2 was prepared once."
+    folder = tmp_path_factory.mktemp("hub")
+    done = run(folder, "prepare --config wikitext2")
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_wikitext2(prepared):
+    "The published numbers of words; every row's tokens, one after another."
+    from datasets import load_from_disk
+    from tokenizers import Tokenizer
+    folder, out = prepared
+    assert "217,646 words" in out and "245,569 words" in out  # validation and test, as published
+    rows = load_from_disk(folder/"data/raw/wikitext-2-raw-v1")["validation"]["text"]
+    processed = folder/"data/processed/wikitext-2-raw-v1_gpt2"
+    tokenizer = Tokenizer.from_file(str(processed/"tokenizer.json"))
+    tokens = torch.load(processed/"validation.pt", mmap=True, weights_only=True)["tokens"]
+    assert tokens.dtype == torch.uint16 and tokenizer.get_vocab_size() == 50257
+    assert tokens.tolist() == [i for row in rows for i in tokenizer.encode(row).ids]
+    assert tokenizer.decode(tokens.tolist()) == "".join(rows)
+
+
+def test_no_hub_afterwards(prepared):
+    "Once prepared, nothing is asked of any network, and nothing is downloaded or tokenized again."
+    folder, _ = prepared
+    before = {f: f.stat().st_mtime_ns for f in (folder/"data").rglob("*") if f.is_file() and f.name != ".lock"}
+    nowhere = "http://127.0.0.1:9"
+    done = run(folder, "train --config wikitext2 --train.max_steps 3 --train.eval_every 100 --train.batch_size 4 --model.seq_len 32 --model.embed_dim 16 --model.num_layers 1"
+                       " --model.num_heads 2 --sample.max_new_tokens 5", nowhere)
+    assert done.returncode == 0, done.stderr
+    assert "entropy floor" not in done.stdout  # of real text it is not known
+    assert {f: f.stat().st_mtime_ns for f in (folder/"data").rglob("*") if f.is_file() and f.name != ".lock"} == before
+
+
+class Faulty(BaseHTTPRequestHandler):
+    "Passes requests on to the Hub, but cuts every large file off half-way, or hangs up at once."
+    def do_GET(self):
+        if self.server.fault == "gone": return self.connection.close()
+        request = urllib.request.Request(HUB + self.path, method=self.command, headers={k: v for k, v in self.headers.items() if k.lower() != "host"})
+        try: answer = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request)
+        except urllib.error.HTTPError as error: answer = error
+        body = answer.read()
+        self.send_response(answer.status)
+        for k, v in answer.headers.items():
+            if k.lower() not in ("transfer-encoding", "connection", "content-length"): self.send_header(k, v)
+        self.send_header("Content-Length", answer.headers.get("Content-Length", str(len(body))))
+        self.end_headers()
+        if self.command == "HEAD": return
+        cut = self.server.fault == "cut" and len(body) > 100_000
+        self.wfile.write(body[:len(body) // 2] if cut else body)
+        self.close_connection = True
+    do_HEAD = do_POST = do_GET
+    def log_message(self, *args): pass
+
+
+@pytest.mark.parametrize("fault", ["gone", "cut"])
+def test_fault_then_cure(tmp_path, fault):
+    "A Hub that hangs up, or cuts the download: one clear line, nothing half-written, and the same command works afterwards."
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.fault = fault
+    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    done = run(tmp_path, "prepare --config wikitext2", endpoint)
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith("tinytransformer: could not get ") and "Traceback" not in done.stderr
+    assert not list((tmp_path/"data").glob("raw/*")) and not list((tmp_path/"data").glob("processed/*"))
+    server.fault = None
+    done = run(tmp_path, "prepare --config wikitext2", endpoint)
+    assert done.returncode == 0, done.stderr
+    server.shutdown()
