@@ -38,9 +38,13 @@ def test_clean_leaves_no_difference(copy):
 
 def test_readme_is_the_front_page():
     "README.md is what index.ipynb shows."
-    from nbconvert import MarkdownExporter
-    text, _ = MarkdownExporter().from_filename(str(ROOT/"nbs"/"index.ipynb"))
-    assert (ROOT/"README.md").read_text().strip() == text.strip()
+    subprocess.run([ROOT/".ci"/"readme", "--check"], check=True)
+
+
+def test_links_of_the_front_page():
+    "Every file that README.md points to is there."
+    links = re.findall(r"\]\((?!\w+:|#)([^)]+)\)", (ROOT/"README.md").read_text())
+    assert len(links) > 7 and [link for link in links if not (ROOT/link).exists()] == []
 
 
 def test_notebooks_save_their_outputs():
