@@ -31,7 +31,7 @@ def attention_weights(
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     return scores.masked_fill(~causal_mask(q.shape[-2], q.device), float("-inf")).softmax(dim=-1)
 
-# %% ../nbs/02_attention.ipynb #23b46a34
+# %% ../nbs/02_attention.ipynb #d3a516ed
 class MultiHeadAttention(nn.Module):
     "Causal self-attention with `num_heads` heads side by side: (B, T, C) -> (B, T, C) (Vaswani et al., 2017, sec. 3.2.2)."
     def __init__(self,
@@ -40,7 +40,7 @@ class MultiHeadAttention(nn.Module):
         dropout: float = 0.0,  # share of attention weights zeroed while training
     ):
         super().__init__()
-        check(embed_dim % num_heads == 0, f"num_heads {num_heads} does not divide embed_dim {embed_dim}: choose a divisor")
+        check(num_heads > 0 and embed_dim % num_heads == 0, f"num_heads {num_heads} does not divide embed_dim {embed_dim}: choose a divisor")
         self.num_heads, self.dropout = num_heads, dropout
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
@@ -52,7 +52,7 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self,
         x: torch.Tensor,               # (B, T, C)
-        return_weights: bool = False,  # also give the weights (B, H, T, T), from the slower path
+        return_weights: bool = False,  # also give the weights (B, H, T, T), before dropout, from the slower path
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         q, k, v = (self.split_heads(part) for part in self.qkv(x).chunk(3, dim=-1))
         p = self.dropout if self.training else 0.0

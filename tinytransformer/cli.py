@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'add_fields', 'make_parser', 'readable_config', 'config_paths', 'parse', 'prepare_command', 'new_folder',
-           'first_article', 'train_command', 'evaluate_command', 'generate_command', 'one_line', 'main']
+           'unseen_titles', 'first_article', 'train_command', 'evaluate_command', 'generate_command', 'one_line',
+           'main']
 
-# %% ../nbs/appendix/command_line.ipynb #9831527b
+# %% ../nbs/appendix/command_line.ipynb #755379af
 import re, sys
 from argparse import ArgumentError
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastcore.docments import docments
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from . import __version__
-from .data import SPLITS, Blocks, DataConfig, InputError, check, prepare, write_whole
+from .data import SPLITS, Blocks, Corpus, DataConfig, InputError, check, prepare, write_whole
 from .generate import SampleConfig, complete
 from .model import ModelConfig, count_parameters
 from .train import TrainConfig, config_file, evaluate, load_run, perplexities, read_config, train_run
@@ -98,7 +99,7 @@ def prepare_command(cfg: Namespace) -> None:
         print(f"{split:10}  {about['rows']:>8,} rows  {about['words']:>10,} words  {about['tokens']:>10,} tokens")
     print(f"vocabulary of {corpus.vocab_size:,} tokens; kept in {cfg.data.data_dir}/raw and {cfg.data.data_dir}/processed")
 
-# %% ../nbs/appendix/command_line.ipynb #4150476a
+# %% ../nbs/appendix/command_line.ipynb #5143ee98
 def new_folder(
     name: str,  # of the configuration
 ) -> Path:
@@ -107,6 +108,14 @@ def new_folder(
     while path.exists(): k += 1; path = Path("runs")/f"{name}-{k}"
     return path
 
+def unseen_titles(
+    corpus: Corpus,
+    n: int = 3,  # at most
+) -> list[str]:
+    "Title rows at the beginning of the validation split, to write articles for; where there are none, its first words."
+    text = corpus.tokenizer.decode(corpus.streams["validation"][:20_000].tolist())
+    return re.findall(r"(?m)^ = [^=\n]+ = \n", text)[:n] or [text[:40]]
+
 def first_article(
     text: str,
 ) -> str:
@@ -114,14 +123,14 @@ def first_article(
     return re.split(r"\n(?= = [^=])", text)[0]
 
 def train_command(cfg: Namespace) -> None:
-    "Train, then show what the model learned: its loss beside the floor, and three articles."
+    "Train, then show what the model learned: articles for titles it has not seen, and its loss beside the floor."
     run = Path(cfg.run) if cfg.run else new_folder(Path(str(cfg.config[-1])).stem)
     train_run(run, cfg.data, cfg.model, cfg.train, sample=cfg.sample)
-    trained = load_run(run)
-    s = trained.summary
-    texts = [first_article(text) for text in complete(trained.model, trained.tokenizer, " =", cfg.sample, n=3)]
+    trained, corpus = load_run(run), prepare(cfg.data)
+    texts = [first_article(complete(trained.model, trained.tokenizer, title, cfg.sample)[0]) for title in unseen_titles(corpus)]
     write_whole(run/"samples.txt", "\n\n".join(texts))
     print("\n\n".join(texts))
+    s = trained.summary
     floor = f"; the entropy floor is {s['floor']:.3f}" if s["floor"] else ""
     print(f"\n{count_parameters(trained.model):,} parameters, {s['steps']} steps: validation loss {s['val_loss']:.3f} nats per token{floor}")
     print(f"perplexity {s['perplexity']:.2f} per token, {s['word_perplexity']:.2f} per word; everything is kept in {run}")
