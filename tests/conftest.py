@@ -19,9 +19,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
+    "One thread for each worker: there are as many workers as cores, and threads that fight over a core are far slower than one."
     import torch
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))  # workers share the cores
+    if "PYTEST_XDIST_WORKER" in os.environ: torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
