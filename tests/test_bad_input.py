@@ -1,5 +1,5 @@
 """A mistake is told in one line with a non-zero exit, leaves nothing half-written, and the same command works once its cause is gone."""
-import os, resource, shutil, subprocess, sys
+import resource, shutil, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ def refusal(*args: str) -> str:
 
 
 TRAIN = ["train", "--config", "tiny", *SMALL]
+TRAIN_COMMAND = [COMMAND, *TRAIN]
 
 
 @pytest.mark.parametrize("args, said", [
@@ -45,6 +46,9 @@ TRAIN = ["train", "--config", "tiny", *SMALL]
     ("generate runs/small hello --temperature -1", "temperature is -1"),
     ("generate runs/small hello --temperature hot", "temperature is 'hot': give float"),
     ("generate runs/small hello --top_k 0", "top_k is 0"),
+    ("generate runs/small hello --temperature nan", "temperature is 'nan'"),
+    ("generate runs/small hello --seed 99999999999999999999", "seed is 99999999999999999999"),
+    ("generate runs/small half-\udcff", "half of a character"),
 ])
 def test_refused(here, args, said):
     assert said in refusal(*args.split())
@@ -137,6 +141,22 @@ def test_full_disk(tmp_path, limit):
     assert not list((tmp_path/"data").glob("processed/*")) and not list((tmp_path/"data").glob("raw/.*"))
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_killed_while_training(workspace, tmp_path):
+    "A run that was killed can be begun again by the same command, and ends as one that was never killed."
+    shutil.copytree(workspace/"data", tmp_path/"data")
+    with subprocess.Popen([*TRAIN_COMMAND, "--run", "runs/killed", "--train.max_steps", "100000"], cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+        for _ in range(600):
+            if (tmp_path/"runs/killed/metrics.jsonl").exists(): break
+            time.sleep(0.1)
+        process.kill()
+    assert (tmp_path/"runs/killed/metrics.jsonl").exists() and not (tmp_path/"runs/killed/summary.json").exists()
+    for run in ("runs/killed", "runs/whole"):
+        done = subprocess.run([*TRAIN_COMMAND, "--run", run], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    weights = [(tmp_path/run/"model.safetensors").read_bytes() for run in ("runs/killed", "runs/whole")]
+    assert weights[0] == weights[1]
 
 
 def test_killed_while_preparing(tmp_path):

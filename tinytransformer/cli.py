@@ -152,7 +152,7 @@ def generate_command(cfg: Namespace) -> None:
     own = {field: cfg.given[field] for field in SampleConfig.__dataclass_fields__ if field in cfg.given}
     print(complete(run.model, run.tokenizer, cfg.PROMPT, SampleConfig(**run.config.get("sample", {}) | own))[0])
 
-# %% ../nbs/appendix/command_line.ipynb #878329d9
+# %% ../nbs/appendix/command_line.ipynb #7908e287
 def one_line(
     error: Exception,
 ) -> str:
@@ -169,6 +169,7 @@ def main(
     args: list[str] | None = None,  # the command line, if not the process's own
 ) -> None:
     "The command `tinytransformer`."
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
     try:
         command, cfg = parse(sys.argv[1:] if args is None else list(args))
         dict(prepare=prepare_command, train=train_command, evaluate=evaluate_command, generate=generate_command)[command](cfg)

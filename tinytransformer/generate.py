@@ -46,7 +46,7 @@ def penalise_repetition(
     used = logits.gather(1, ids)  # (B, T)
     return logits.scatter(1, ids, torch.where(used > 0, used / penalty, used * penalty))
 
-# %% ../nbs/06_generate.ipynb #204af00d
+# %% ../nbs/06_generate.ipynb #bbbdd313
 @dataclass
 class SampleConfig:
     "How the next token is chosen."
@@ -63,7 +63,7 @@ class SampleConfig:
         check(self.top_k is None or self.top_k >= 1, f"sample.top_k is {self.top_k}: give at least 1, or leave it out")
         check(0 < self.top_p <= 1, f"sample.top_p is {self.top_p}: give more than 0, and at most 1")
         check(self.repetition_penalty > 0, f"sample.repetition_penalty is {self.repetition_penalty}: give more than 0")
-        check(self.seed >= 0, f"sample.seed is {self.seed}: give 0 or more")
+        check(0 <= self.seed < 2**63, f"sample.seed is {self.seed}: give 0 or more, and less than 2**63")
 
 # %% ../nbs/06_generate.ipynb #6a8fe377
 def next_distribution(
@@ -102,7 +102,7 @@ def generate(
     model.train(was_training)
     return ids
 
-# %% ../nbs/06_generate.ipynb #299e0f55
+# %% ../nbs/06_generate.ipynb #a914dacb
 def complete(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -112,5 +112,6 @@ def complete(
 ) -> list[str]:  # the prompt and what follows, n times
     "Continue a text."
     check(n >= 1, f"{n} continuations are none: ask for at least 1")
+    check(not any("\ud800" <= c <= "\udfff" for c in prompt), f"the prompt {prompt!a} is no valid text: it holds half of a character")
     ids = torch.tensor([tokenizer.encode(prompt).ids] * n, dtype=torch.long)  # (n, T)
     return [tokenizer.decode(row) for row in generate(model, ids, cfg).tolist()]

@@ -232,16 +232,17 @@ def plot_metrics(
     lr.set(xlabel="step", ylabel="learning rate")
     return figure
 
-# %% ../nbs/05_train.ipynb #a22a01be
+# %% ../nbs/05_train.ipynb #93e65df3
 def train_run(
-    run: Path,  # its folder: a new one, or an empty one
+    run: Path,  # its folder: a new one, an empty one, or that of a run that never came to its end
     data: DataConfig,
     model: ModelConfig,
     train: TrainConfig,
     **others,   # further sections to keep with the run
 ) -> Transformer:
     "Prepare, train, and keep everything about it in the folder `run`."
-    check(not run.exists() or not any(run.iterdir()), f"{run} holds something already: choose another folder, or delete it")
+    unfinished = (run/"config.yaml").exists() and not (run/"summary.json").exists()
+    check(unfinished or not run.exists() or not any(run.iterdir()), f"{run} holds something already: choose another folder, or delete it")
     corpus = prepare(data)
     model = replace(model, vocab_size=model.vocab_size or corpus.vocab_size)
     check(model.vocab_size == corpus.vocab_size, f"model.vocab_size is {model.vocab_size}, but the tokenizer has {corpus.vocab_size} tokens: leave it out")
@@ -255,8 +256,8 @@ def train_run(
     with (run/"metrics.jsonl").open("w") as metrics:
         rows = fit(net, corpus, train, log=lambda row: print(json.dumps(row), file=metrics, flush=True))
     save_weights(net, run/"model.safetensors")
-    write_whole(run/"summary.json", json.dumps(summary(corpus, rows), indent=1))
     plot_metrics(rows, corpus.floor("validation")).savefig(run/"curve.png", dpi=120, bbox_inches="tight")
+    write_whole(run/"summary.json", json.dumps(summary(corpus, rows), indent=1))
     return net
 
 # %% ../nbs/05_train.ipynb #c9c53c3a
