@@ -75,6 +75,17 @@ def test_text_too_short_or_small(here):
     main([*TRAIN, "--run", "runs/short"])  # the same command with its cause gone
 
 
+def test_diverged(here):
+    "The weights are kept, and what became of them is said."
+    assert "diverged" in refusal(*TRAIN, "--run", "runs/diverged", "--train.learning_rate", "1e30")
+    assert "diverged" in refusal("generate", "runs/diverged", "hello")
+
+
+def test_too_large_for_the_memory(here):
+    assert "not enough memory" in refusal(*TRAIN, "--run", "runs/vast", "--model.embed_dim", "100000000", "--model.num_heads", "1")
+    assert not (here/"runs/vast").exists()
+
+
 def test_run_folder_is_never_overwritten(here):
     before = (here/"runs/small/model.safetensors").read_bytes()
     assert "runs/small holds something already" in refusal(*TRAIN, "--run", "runs/small")

@@ -67,6 +67,12 @@ def test_generate_continues_the_prompt(here, capsys):
     assert len(say("--max_new_tokens", "60")) > len(say())
 
 
+def test_context_of_two_tokens(here, capsys):
+    "Too short for a title to be the prompt of the samples."
+    main(["train", "--config", "tiny", "--run", "runs/narrow", *SMALL, "--model.seq_len", "2"])
+    assert "validation loss" in capsys.readouterr().out
+
+
 def test_new_folder_for_each_run(tmp_path, monkeypatch):
     "A second run never overwrites the first."
     from tinytransformer.cli import new_folder

@@ -99,7 +99,7 @@ def prepare_command(cfg: Namespace) -> None:
         print(f"{split:10}  {about['rows']:>8,} rows  {about['words']:>10,} words  {about['tokens']:>10,} tokens")
     print(f"vocabulary of {corpus.vocab_size:,} tokens; kept in {cfg.data.data_dir}/raw and {cfg.data.data_dir}/processed")
 
-# %% ../nbs/appendix/command_line.ipynb #5143ee98
+# %% ../nbs/appendix/command_line.ipynb #c828fffb
 def new_folder(
     name: str,  # of the configuration
 ) -> Path:
@@ -110,11 +110,13 @@ def new_folder(
 
 def unseen_titles(
     corpus: Corpus,
-    n: int = 3,  # at most
+    seq_len: int,  # tokens that a prompt may have
+    n: int = 3,    # at most
 ) -> list[str]:
-    "Title rows at the beginning of the validation split, to write articles for; where there are none, its first words."
-    text = corpus.tokenizer.decode(corpus.streams["validation"][:20_000].tolist())
-    return re.findall(r"(?m)^ = [^=\n]+ = \n", text)[:n] or [text[:40]]
+    "Title rows at the beginning of the validation split, to write articles for; where none fits, its first token."
+    decode, stream = corpus.tokenizer.decode, corpus.streams["validation"]
+    titles = re.findall(r"(?m)^ = [^=\n]+ = \n", decode(stream[:20_000].tolist()))
+    return [title for title in titles if len(corpus.tokenizer.encode(title).ids) <= seq_len][:n] or [decode(stream[:1].tolist())]
 
 def first_article(
     text: str,
@@ -127,7 +129,7 @@ def train_command(cfg: Namespace) -> None:
     run = Path(cfg.run) if cfg.run else new_folder(Path(str(cfg.config[-1])).stem)
     train_run(run, cfg.data, cfg.model, cfg.train, sample=cfg.sample)
     trained, corpus = load_run(run), prepare(cfg.data)
-    texts = [first_article(complete(trained.model, trained.tokenizer, title, cfg.sample)[0]) for title in unseen_titles(corpus)]
+    texts = [first_article(complete(trained.model, trained.tokenizer, title, cfg.sample)[0]) for title in unseen_titles(corpus, trained.model.cfg.seq_len)]
     write_whole(run/"samples.txt", "\n\n".join(texts))
     print("\n\n".join(texts))
     s = trained.summary
@@ -152,7 +154,7 @@ def generate_command(cfg: Namespace) -> None:
     own = {field: cfg.given[field] for field in SampleConfig.__dataclass_fields__ if field in cfg.given}
     print(complete(run.model, run.tokenizer, cfg.PROMPT, SampleConfig(**run.config.get("sample", {}) | own))[0])
 
-# %% ../nbs/appendix/command_line.ipynb #7908e287
+# %% ../nbs/appendix/command_line.ipynb #5a6ddb91
 def one_line(
     error: Exception,
 ) -> str:
@@ -174,4 +176,7 @@ def main(
         command, cfg = parse(sys.argv[1:] if args is None else list(args))
         dict(prepare=prepare_command, train=train_command, evaluate=evaluate_command, generate=generate_command)[command](cfg)
     except (InputError, ArgumentError, OSError) as error: sys.exit(f"tinytransformer: {one_line(error)}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error): raise  # PyTorch has no error of its own for this on a CPU
+        sys.exit("tinytransformer: there is not enough memory for this: choose a smaller model, batch or vocabulary")
     except KeyboardInterrupt: sys.exit("tinytransformer: interrupted")

@@ -78,7 +78,7 @@ def next_distribution(
     if cfg.top_k is not None: logits = keep_top_k(logits, cfg.top_k)
     return keep_top_p(logits, cfg.top_p).softmax(dim=-1)
 
-# %% ../nbs/06_generate.ipynb #2f9d78ec
+# %% ../nbs/06_generate.ipynb #1190d165
 @torch.no_grad()
 def generate(
     model: Transformer,
@@ -97,6 +97,7 @@ def generate(
     ids = ids.to(device)
     for _ in range(cfg.max_new_tokens):
         logits = model(ids[:, -context:])[:, -1]               # (B, V) of the last position
+        check(bool(logits.isfinite().all()), "the model's logits are no finite numbers: its training diverged, train again with a smaller learning rate")
         probabilities = next_distribution(logits, ids, cfg)    # (B, V)
         ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=draws)], dim=1)
     model.train(was_training)
