@@ -1,5 +1,5 @@
 """What holds the project together: notebooks and package in step, pins, links, and who may import whom."""
-import ast, filecmp, re, shutil, subprocess
+import ast, filecmp, json, re, shutil, subprocess, sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
 
+BIN = Path(sys.executable).parent  # of the environment that runs the tests
 CHAPTERS = "data embeddings attention block model train generate".split()
 
 
@@ -25,20 +26,20 @@ def differing(a: Path, b: Path) -> list[str]:
 
 def test_export_leaves_no_difference(copy):
     "The committed package is what the committed notebooks export."
-    subprocess.run(["nbdev_export"], cwd=copy, check=True)
+    subprocess.run([BIN/"nbdev_export"], cwd=copy, check=True)
     assert differing(ROOT/"tinytransformer", copy/"tinytransformer") == []
     assert (copy/"pyproject.toml").read_text() == (ROOT/"pyproject.toml").read_text()
 
 
 def test_clean_leaves_no_difference(copy):
     "The committed notebooks are clean."
-    subprocess.run(["nbdev_clean"], cwd=copy, check=True)
+    subprocess.run([BIN/"nbdev_clean"], cwd=copy, check=True)
     assert differing(ROOT/"nbs", copy/"nbs") == []
 
 
 def test_readme_is_the_front_page():
     "README.md is what index.ipynb shows."
-    subprocess.run([ROOT/".ci"/"readme", "--check"], check=True)
+    subprocess.run([sys.executable, ROOT/".ci"/"readme", "--check"], check=True)
 
 
 def test_links_of_the_front_page():
@@ -49,7 +50,6 @@ def test_links_of_the_front_page():
 
 def test_notebooks_save_their_outputs():
     "A reader of the page sees what the cells show."
-    import json
     for path in sorted((ROOT/"nbs").glob("0*.ipynb")):
         outputs = [o for c in json.loads(path.read_text())["cells"] for o in c.get("outputs", [])]
         assert any("image/png" in o.get("data", {}) for o in outputs), f"{path.name} shows no picture"
