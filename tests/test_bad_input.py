@@ -92,6 +92,13 @@ def test_run_folder_is_never_overwritten(here):
     assert (here/"runs/small/model.safetensors").read_bytes() == before
 
 
+def test_a_folder_of_the_users_is_never_overwritten(here):
+    (here/"mine").mkdir(exist_ok=True)
+    (here/"mine/config.yaml").write_text("my: precious")
+    assert "mine holds something already" in refusal(*TRAIN, "--run", "mine")
+    assert (here/"mine/config.yaml").read_text() == "my: precious" and len(list((here/"mine").iterdir())) == 1
+
+
 @pytest.fixture
 def own_data(workspace, tmp_path, monkeypatch):
     "A copy of the workspace that may be damaged."
@@ -156,15 +163,16 @@ def test_full_disk(tmp_path, limit):
 
 def test_killed_while_training(workspace, tmp_path):
     "A run that was killed can be begun again by the same command, and ends as one that was never killed."
+    command = [*TRAIN_COMMAND, "--train.max_steps", "500"]
     shutil.copytree(workspace/"data", tmp_path/"data")
-    with subprocess.Popen([*TRAIN_COMMAND, "--run", "runs/killed", "--train.max_steps", "100000"], cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen([*command, "--run", "runs/killed"], cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
         for _ in range(600):
             if (tmp_path/"runs/killed/metrics.jsonl").exists(): break
             time.sleep(0.1)
         process.kill()
     assert (tmp_path/"runs/killed/metrics.jsonl").exists() and not (tmp_path/"runs/killed/summary.json").exists()
     for run in ("runs/killed", "runs/whole"):
-        done = subprocess.run([*TRAIN_COMMAND, "--run", run], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([*command, "--run", run], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     weights = [(tmp_path/run/"model.safetensors").read_bytes() for run in ("runs/killed", "runs/whole")]
     assert weights[0] == weights[1]

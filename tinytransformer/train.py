@@ -234,24 +234,25 @@ def plot_metrics(
 
 # %% ../nbs/05_train.ipynb #93e65df3
 def train_run(
-    run: Path,  # its folder: a new one, an empty one, or that of a run that never came to its end
+    run: Path,  # its folder: a new one, an empty one, or that of the same run, begun and never ended
     data: DataConfig,
     model: ModelConfig,
     train: TrainConfig,
     **others,   # further sections to keep with the run
 ) -> Transformer:
     "Prepare, train, and keep everything about it in the folder `run`."
-    unfinished = (run/"config.yaml").exists() and not (run/"summary.json").exists()
-    check(unfinished or not run.exists() or not any(run.iterdir()), f"{run} holds something already: choose another folder, or delete it")
     corpus = prepare(data)
     model = replace(model, vocab_size=model.vocab_size or corpus.vocab_size)
     check(model.vocab_size == corpus.vocab_size, f"model.vocab_size is {model.vocab_size}, but the tokenizer has {corpus.vocab_size} tokens: leave it out")
+    config = yaml.safe_dump({k: asdict(v) for k, v in dict(data=data, model=model, train=train, **others).items()}, sort_keys=False)
+    begun = (run/"config.yaml").is_file() and (run/"config.yaml").read_text() == config and not (run/"summary.json").exists()
+    check(begun or not run.exists() or not any(run.iterdir()), f"{run} holds something already: choose another folder, or delete it")
     Blocks(corpus.streams["validation"], model.seq_len)
     next(batches(Blocks(corpus.streams["train"], model.seq_len), train.batch_size, train.seed))  # a text too short is refused before anything is written
     set_seed(train.seed)
     net = Transformer(model)
     run.mkdir(parents=True, exist_ok=True)
-    write_whole(run/"config.yaml", yaml.safe_dump({k: asdict(v) for k, v in dict(data=data, model=model, train=train, **others).items()}, sort_keys=False))
+    write_whole(run/"config.yaml", config)
     write_whole(run/"tokenizer.json", corpus.tokenizer.to_str(pretty=True))
     with (run/"metrics.jsonl").open("w") as metrics:
         rows = fit(net, corpus, train, log=lambda row: print(json.dumps(row), file=metrics, flush=True))
