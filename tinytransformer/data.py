@@ -104,7 +104,8 @@ def fetch_rows(
     cfg: DataConfig,
 ):  # a `datasets.DatasetDict` with a `text` column; TinyWiki adds `nats`, what each row's choices cost
     "The rows of every split: written by TinyWiki, or downloaded from the Hub."
-    import datasets
+    import datasets, huggingface_hub
+    huggingface_hub.logging.set_verbosity_error()  # it retries on its own; what it says of each try would bury our line
     if cfg.dataset == "tinywiki":
         sizes = dict(zip(SPLITS, (cfg.articles, cfg.articles // 10, cfg.articles // 10)))
         return datasets.DatasetDict({split: datasets.Dataset.from_dict(rows) for split, rows in tinywiki.splits(sizes, cfg.seed).items()})
