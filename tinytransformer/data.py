@@ -61,13 +61,15 @@ def write_whole(path: str | Path, data: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        with temporary.open("rb+") as file: os.fsync(file.fileno())  # on the disk before it gets its name: a power cut leaves no empty file
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/00_data.ipynb #fd6e75b5
 @contextmanager
 def whole_folder(
-    folder: Path,  # where the folder is to appear
+    folder: Path,                  # where the folder is to appear
+    previous: Path | None = None,  # where the one that stood there goes; left out, it is deleted
 ) -> Iterator[Path]:
     "A folder written whole or not at all: fill the temporary one it gives; a body that ends well renames it."
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,8 @@ def whole_folder(
     temporary.mkdir()
     try:
         yield temporary
-        if folder.exists(): folder.rename(old)  # moved, not emptied: a run killed here leaves no half of it under its name
+        if previous and folder.exists() and previous.exists(): shutil.rmtree(previous)
+        if folder.exists(): folder.rename(previous or old)  # moved, not emptied: a run killed here leaves no half of it under its name
         temporary.rename(folder)
     finally:
         for left_over in (temporary, old): shutil.rmtree(left_over, ignore_errors=True)
@@ -237,7 +240,7 @@ def fingerprint(
     folder: Path,  # holds the tokenizer.json
 ) -> str:
     "A digest of everything the token tensors depend on: raw rows, tokenizer and settings. Where they lie does not matter."
-    settings = {k: v for k, v in asdict(cfg).items() if k != "data_dir"}
+    settings = {k: v for k, v in asdict(cfg).items() if k != "data_dir"} | dict(format=2)  # of about.json; raised when that holds more
     rows = [f.read_bytes() for f in sorted(raw_dir(cfg).rglob("*.arrow"))]
     return digest(json.dumps(settings, sort_keys=True), (folder/"tokenizer.json").read_bytes(), *rows)
 
@@ -247,7 +250,7 @@ class Corpus:
     "A prepared text: its tokenizer, one stream of tokens for each split, and what is known about the text."
     tokenizer: Tokenizer
     streams: dict[str, torch.Tensor]  # split -> (N,) token ids, memory-mapped
-    about: dict[str, dict]            # split -> rows, words and, for TinyWiki, nats
+    about: dict[str, dict]            # split -> rows, words, bytes, tokens and, for TinyWiki, nats
     fingerprint: str                  # of rows, tokenizer and settings
 
     @property
@@ -275,7 +278,8 @@ def build_corpus(
             tokens = encode_rows(texts[split], tokenizer, split)
             check(len(tokens) > 0, f"the {split} split of {cfg.dataset} has {len(texts[split])} rows but no text: choose another dataset")
             save_tokens(folder/f"{split}.pt", tokens, mark)
-            about[split] = dict(rows=len(texts[split]), words=count_words(texts[split]), tokens=len(tokens))
+            n_bytes = sum(len(row.encode()) for row in texts[split])
+            about[split] = dict(rows=len(texts[split]), words=count_words(texts[split]), bytes=n_bytes, tokens=len(tokens))
             if "nats" in rows[split].column_names: about[split]["nats"] = sum(rows[split]["nats"])
         write_whole(folder/"about.json", json.dumps(dict(fingerprint=mark, splits=about), indent=1))
 
