@@ -1,5 +1,5 @@
 """A mistake is told in one line with a non-zero exit, leaves nothing half-written, and the same command works once its cause is gone."""
-import resource, shutil, subprocess, sys, time
+import json, resource, shutil, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -36,8 +36,15 @@ TRAIN_COMMAND = [COMMAND, *TRAIN]
     ("train --config tiny --train.learning_rate -1", "learning_rate is -1"),
     ("train --config tiny --train.batch_size 0", "batch_size is 0"),
     ("train --config tiny --data.articles 1", "articles is 1"),
+    ("prepare --config tiny --data.articles 50000", "articles is 50000: give 10 to 40000"),
     ("train --config tiny --data.vocab_size 100", "vocab_size is 100"),
+    ("prepare --config tiny --data.vocab_size 2000000", "vocab_size is 2000000: give 256, one for each byte, to 1048576"),
     ("train --config tiny --data.dataset wikitext", "'wikitext'"),
+    ("prepare --config tiny --data.dataset ../..", "'../..'"),
+    ("prepare --config tiny --data.tokenizer a/../b", "'a/../b'"),
+    ("prepare --config wikitext2 --data.subset ../elsewhere", "'../elsewhere'"),
+    ("prepare --config wikitext2 --data.dataset tinywiki", "tinywiki has no subsets"),
+    ("prepare --config tiny --data.data_dir=", "data_dir is ''"),
     ("train --config tiny --sample.top_p 0", "top_p is 0"),
     ("evaluate nowhere", "nowhere is no run folder"),
     ("generate nowhere hello", "nowhere is no run folder"),
@@ -47,6 +54,7 @@ TRAIN_COMMAND = [COMMAND, *TRAIN]
     ("generate runs/small hello --temperature hot", "temperature is 'hot': give float"),
     ("generate runs/small hello --top_k 0", "top_k is 0"),
     ("generate runs/small hello --temperature nan", "temperature is 'nan'"),
+    ("generate runs/small hello --repetition_penalty 1e300", "repetition_penalty is 1e+300: give 0.01 to 100"),
     ("generate runs/small hello --seed 99999999999999999999", "seed is 99999999999999999999"),
     ("generate runs/small half-\udcff", "half of a character"),
 ])
@@ -107,16 +115,61 @@ def own_data(workspace, tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "pickle", "empty"])
+def test_data_dir_that_cannot_be_written(tmp_path, monkeypatch):
+    "A file in the place of the folder, or of one below it."
+    monkeypatch.chdir(tmp_path)
+    command = ["prepare", "--config", "tiny", *SMALL[:4]]
+    (tmp_path/"data").write_text("mine")
+    assert "cannot write data (" in refusal(*command) and (tmp_path/"data").read_text() == "mine"
+    (tmp_path/"data").rename("mine")
+    (tmp_path/"data").mkdir()
+    (tmp_path/"data/raw").write_text("mine too")
+    assert "cannot write data/raw (" in refusal(*command) and (tmp_path/"data/raw").read_text() == "mine too"
+    (tmp_path/"data/raw").unlink()
+    main(command)
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    (tmp_path/"here").mkdir()
+    monkeypatch.chdir(tmp_path/"here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main(["prepare", "--config", "tiny", *SMALL[:4], "--data.data_dir=~/kept"])
+    assert (tmp_path/"kept/processed").is_dir() and not list((tmp_path/"here").iterdir())
+
+
+def test_tiny_top_p_keeps_the_likeliest(here, capsys):
+    main(["generate", "runs/small", " =", "--temperature", "0"])
+    greedy = capsys.readouterr().out
+    main(["generate", "runs/small", " =", "--top_p", "1e-300"])
+    assert capsys.readouterr().out == greedy
+
+
+WRONG = dict(list=[1, 2], fractions=torch.zeros(9), matrix=torch.zeros(3, 3, dtype=torch.int32), short=torch.zeros(9, dtype=torch.int32), none=torch.zeros(0, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "pickle", "empty", *WRONG])
 def test_damaged_tensors(own_data, damage):
     path = next((own_data/"data/processed").glob("*/train.pt"))
     if damage == "truncated": path.write_bytes(path.read_bytes()[:-100])
     if damage == "foreign": torch.save(dict(tokens=torch.zeros(9), fingerprint="of another text"), path)
     if damage == "pickle": torch.save(dict(tokens=subprocess.run), path)  # code, not numbers: never loaded
     if damage == "empty": path.write_bytes(b"")
+    if damage in WRONG: torch.save(dict(tokens=WRONG[damage], fingerprint=torch.load(path)["fingerprint"]), path)
     message = refusal("evaluate", "runs/small")
     assert "train.pt" in message and "delete" in message
     shutil.rmtree(path.parent)  # what the message says
+    main(["evaluate", "runs/small"])
+
+
+@pytest.mark.parametrize("wrong", [dict(tokens="many"), dict(words=None), dict(bytes=-1), dict(nats="few"), dict(rows=0.5)])
+def test_damaged_numbers(own_data, wrong):
+    "The numbers beside the tensors can be read, but are none."
+    path = next((own_data/"data/processed").glob("*/about.json"))
+    about = json.loads(path.read_text())
+    about["splits"]["test"] |= wrong
+    path.write_text(json.dumps(about))
+    assert "delete it and run again" in refusal("evaluate", "runs/small")
+    shutil.rmtree(path.parent)
     main(["evaluate", "runs/small"])
 
 
@@ -184,6 +237,7 @@ def test_killed_while_preparing(tmp_path):
     done = subprocess.run([COMMAND, "prepare", "--config", "tiny", *SMALL[:4]], cwd=tmp_path, capture_output=True, text=True)
     made = [p for folder in ("raw", "processed") for p in (tmp_path/"data"/folder).iterdir()]
     for path in made: path.rename(path.with_name(f".{path.name}.12345"))  # as if killed just before the rename
+    for path in made: path.with_name(f".{path.name}.12346").symlink_to(tmp_path)
     done = subprocess.run([COMMAND, "prepare", "--config", "tiny", *SMALL[:4]], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(p for folder in ("raw", "processed") for p in (tmp_path/"data"/folder).iterdir()) == sorted(made)

@@ -24,7 +24,7 @@ def keep_top_k(
     least = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
     return logits.masked_fill(logits < least, float("-inf"))
 
-# %% ../nbs/06_generate.ipynb #9045284e
+# %% ../nbs/06_generate.ipynb #c1c5614c
 def keep_top_p(
     logits: torch.Tensor,  # (B, V)
     p: float,
@@ -33,7 +33,8 @@ def keep_top_p(
     if p >= 1: return logits  # a rounded sum can reach 1 before the last token
     probabilities, order = logits.softmax(dim=-1).sort(descending=True, stable=True)
     before = probabilities.cumsum(dim=-1) - probabilities      # what the likelier tokens hold already
-    outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= p)
+    beyond = (before >= p) & (before > 0)                      # nothing comes before the likeliest: it stays, even where p is rounded to 0
+    outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, beyond)
     return logits.masked_fill(outside, float("-inf"))
 
 # %% ../nbs/06_generate.ipynb #cecf8951
@@ -46,7 +47,7 @@ def penalise_repetition(
     used = logits.gather(1, ids)  # (B, T)
     return logits.scatter(1, ids, torch.where(used > 0, used / penalty, used * penalty))
 
-# %% ../nbs/06_generate.ipynb #bbbdd313
+# %% ../nbs/06_generate.ipynb #77d93718
 @dataclass
 class SampleConfig:
     "How the next token is chosen."
@@ -62,7 +63,7 @@ class SampleConfig:
         check(self.temperature >= 0, f"sample.temperature is {self.temperature}: give 0 or more")
         check(self.top_k is None or self.top_k >= 1, f"sample.top_k is {self.top_k}: give at least 1, or leave it out")
         check(0 < self.top_p <= 1, f"sample.top_p is {self.top_p}: give more than 0, and at most 1")
-        check(self.repetition_penalty > 0, f"sample.repetition_penalty is {self.repetition_penalty}: give more than 0")
+        check(0.01 <= self.repetition_penalty <= 100, f"sample.repetition_penalty is {self.repetition_penalty}: give 0.01 to 100; far beyond that the logits would overflow")
         check(0 <= self.seed < 2**63, f"sample.seed is {self.seed}: give 0 or more, and less than 2**63")
 
 # %% ../nbs/06_generate.ipynb #6a8fe377
