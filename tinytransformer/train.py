@@ -237,7 +237,7 @@ def first_not_finite(
     gradients = [name for name, p in model.named_parameters() if p.grad is not None and lost(p.grad)]
     return f"the gradient of {gradients[-1]}" if gradients else "the loss"
 
-# %% ../nbs/05_train.ipynb #7fbc9d87
+# %% ../nbs/05_train.ipynb #a59cd788
 def on_cpu() -> bool:
     "Whether to train on the CPU: where there is nothing better, or `accelerate` was told to."
     return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
@@ -252,7 +252,9 @@ def make_accelerator(
     "Devices, processes and precision."
     bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     AcceleratorState._reset_state()  # one process may train several models, each with its own precision
-    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=on_cpu())
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=on_cpu())
+    if accelerator.is_fsdp2: accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # it would take a tied matrix for two
+    return accelerator
 
 # %% ../nbs/05_train.ipynb #83d57ae8
 def train_step(
@@ -599,7 +601,7 @@ def live_curve(
             drawn = time.monotonic()
     return log
 
-# %% ../nbs/05_train.ipynb #b11d4e8e
+# %% ../nbs/05_train.ipynb #73fcdb85
 class Trackers:
     "The trackers of `train.track`, on process 0; one that fails is told about once and then left alone."
     def __init__(self,
@@ -617,10 +619,11 @@ class Trackers:
     def start(self, name: str, step: int) -> None:
         "Open the tracker at a step; a run that goes on is the same run to it."
         kept = self.run/"mlflow.json"
+        known = name == "mlflow" and kept.exists()
         if name == "tensorboard": tracker = TensorBoardTracker("tensorboard", self.run, purge_step=step)
-        else: tracker = MLflowTracker("tinytransformer", run_name=self.run.name, run_id=json.loads(kept.read_text())["run_id"] if kept.exists() else None)
+        else: tracker = MLflowTracker("tinytransformer", run_name=self.run.name, run_id=json.loads(kept.read_text())["run_id"] if known else None)
         tracker.start()
-        tracker.store_init_configuration(self.config)
+        if not known: tracker.store_init_configuration(self.config)  # MLflow never lets a setting change; config.yaml, kept at the end, is that of the last start
         if name == "mlflow": write_whole(kept, json.dumps(dict(run_id=tracker.tracker.info.run_id)))
         self.using[name] = tracker
 
@@ -714,17 +717,19 @@ def explained(
         if processes().num_processes == 1 or not re.search("gloo|NCCL|[Cc]onnection", str(error)): raise
         raise InputError(f"another process of this training has ended, and this one cannot go on without it: see what it said, then go on by {again}") from error
 
-# %% ../nbs/05_train.ipynb #008bf592
+# %% ../nbs/05_train.ipynb #557dc5d7
 def summary(
     corpus: Corpus,
     rows: list[dict],  # of `fit`
 ) -> dict:
     "What a run came to: its lowest validation loss, what that means per token, word and byte, and the floor."
-    best = min((row for row in rows if row.get("val_loss") is not None), key=lambda row: row["val_loss"])
+    looks = [row for row in rows if row.get("val_loss") is not None]
+    check(looks, "no look at the validation split found a finite loss: lower train.learning_rate and train anew")
+    best = min(looks, key=lambda row: row["val_loss"])
     return dict(steps=rows[-1]["step"], best_step=best["step"], val_loss=best["val_loss"], **perplexities(best["val_loss"], corpus.about["validation"]),
                 floor=corpus.floor("validation"), data=corpus.fingerprint)
 
-# %% ../nbs/05_train.ipynb #d07819ef
+# %% ../nbs/05_train.ipynb #d5790a6d
 def train_run(
     run: Path,  # its folder: a new or empty one, or with `resume` that of a run already begun
     data: DataConfig,
@@ -745,17 +750,17 @@ def train_run(
     next(batches(Blocks(corpus.streams["train"], model.seq_len), train.batch_size, train.seed))  # a text too short is refused before anything is written
     trackers = Trackers(train.track, run, config)
     on_main(lambda: refuse(run, config, resume))
+    set_seed(train.seed)
+    net = Transformer(model)  # before anything is written, should the memory not suffice
     with explained(run), run_lock(run):
         on_main(lambda: refuse(run, config, resume))  # once more, now that nobody else can change it
         here = environment()
         on_main(lambda: begin(run, config, corpus, here))
-        set_seed(train.seed)
-        net = Transformer(model)
         set_seed(train.seed, device_specific=True)  # other dropout on each process
         checkpoints = Checkpoints(run, dict(config=config, data=corpus.fingerprint, versions=here["versions"], commit=here["commit"]))
         files = {name: JsonLines(run/f"{name}.jsonl") for name in ("metrics", "samples")}
         def keep(row):
-            text = write(net) if "val_loss" in row else None  # by every process, should the weights be spread over them
+            text = write(net) if math.isfinite(row.get("val_loss", math.nan)) else None  # by every process, should the weights be spread over them
             if not accelerator.is_main_process: return
             files["metrics"].add(row)
             trackers.log(row)
