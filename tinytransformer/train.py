@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'STOP_SIGNALS', 'WHOLE', 'MAY_CHANGE', 'TrainConfig', 'config_file', 'read_config', 'make_config',
-           'make_optimizer', 'batches', 'learning_rate', 'windows', 'evaluate', 'perplexities', 'first_not_finite',
-           'on_cpu', 'processes', 'make_accelerator', 'train_step', 'Progress', 'Stopped', 'noted_signals', 'agreed',
-           'memory_mb', 'progress_bar', 'Diverged', 'fit', 'random_state', 'set_random_state', 'Elsewhere', 'on_main',
-           'unwrapped', 'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'load_weights', 'restore', 'say',
-           'Checkpoints', 'environment', 'git_commit', 'read_rows', 'JsonLines', 'plot_metrics', 'live_curve',
-           'Trackers', 'run_lock', 'refuse', 'explained', 'summary', 'train_run', 'begin', 'finish', 'Run', 'load_run',
-           'trained_tiny']
+           'make_optimizer', 'batches', 'learning_rate', 'lr_range_test', 'plot_lr_range', 'windows', 'evaluate',
+           'perplexities', 'first_not_finite', 'on_cpu', 'processes', 'make_accelerator', 'train_step', 'Progress',
+           'Stopped', 'noted_signals', 'agreed', 'memory_mb', 'progress_bar', 'Diverged', 'fit', 'random_state',
+           'set_random_state', 'Elsewhere', 'on_main', 'unwrapped', 'save_checkpoint', 'Checkpoint', 'read_checkpoint',
+           'load_weights', 'restore', 'say', 'Checkpoints', 'environment', 'git_commit', 'read_rows', 'JsonLines',
+           'plot_metrics', 'live_curve', 'Trackers', 'run_lock', 'refuse', 'explained', 'summary', 'train_run', 'begin',
+           'finish', 'Run', 'load_run', 'trained_tiny']
 
-# %% ../nbs/05_train.ipynb #93623505
-import inspect, io, json, math, os, platform, random, re, shutil, signal, subprocess, sys, threading, time
+# %% ../nbs/05_train.ipynb #ab8fa94b
+import copy, inspect, io, json, math, os, platform, random, re, shutil, signal, subprocess, sys, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -164,6 +164,43 @@ def learning_rate(
     done = max(0, step - begin) / max(1, cfg.max_steps - begin)  # 0 where the fall begins, 1 at the end
     left = (1 + math.cos(math.pi * done)) / 2 if cfg.schedule == "cosine" else 1 - done
     return cfg.min_learning_rate + (cfg.learning_rate - cfg.min_learning_rate) * left
+
+# %% ../nbs/05_train.ipynb #bf43af63
+def lr_range_test(
+    model: Transformer,     # not changed: a copy is trained
+    corpus: Corpus,
+    cfg: TrainConfig,       # its batch size, decay, betas, clipping and seed are used
+    lowest: float = 1e-5,   # rate of the first step
+    highest: float = 1.0,   # rate of the last
+    steps: int = 100,
+) -> list[dict]:            # learning_rate and loss of each step, up to where the loss is twice its lowest
+    "Train with a rate that grows by a constant factor each step (Smith, 2017)."
+    model = copy.deepcopy(model).train()
+    optimizer, rows = make_optimizer(model, cfg), []
+    for step, (x, y) in zip(range(steps), batches(Blocks(corpus.streams["train"], model.cfg.seq_len), cfg.batch_size, cfg.seed)):
+        rate = lowest * (highest / lowest) ** (step / max(1, steps - 1))
+        for group in optimizer.param_groups: group["lr"] = rate
+        loss = next_token_loss(model(x), y)
+        if not loss.isfinite() or rows and loss > 2 * min(row["loss"] for row in rows): break
+        rows.append(dict(learning_rate=rate, loss=loss.item()))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+    return rows
+
+def plot_lr_range(
+    rows: list[dict],  # of `lr_range_test`
+) -> Figure:
+    "Loss against the learning rate, with the rate at which it was lowest and the rate ten times smaller, which is on the safe side."
+    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    axes, best = figure.subplots(), min(rows, key=lambda row: row["loss"])["learning_rate"]
+    axes.semilogx([row["learning_rate"] for row in rows], [row["loss"] for row in rows])
+    axes.axvline(best, color="black", ls=":", label=f"lowest loss, at {best:.1g}")
+    axes.axvline(best / 10, color="tab:orange", ls="--", label=f"a tenth of it, {best / 10:.1g}")
+    axes.set(xlabel="learning rate", ylabel="loss (nats per token)", title="range test: a hundred steps, each with a larger rate")
+    axes.legend()
+    return figure
 
 # %% ../nbs/05_train.ipynb #2869a8c0
 def windows(
@@ -793,7 +830,7 @@ def finish(run: Path, corpus: Corpus, trackers: Trackers) -> None:
     write_whole(run/"summary.json", json.dumps(summary(corpus, rows), indent=1))
     trackers.finish(rows[-1]["step"])
 
-# %% ../nbs/05_train.ipynb #1942e9a3
+# %% ../nbs/05_train.ipynb #e62cdedd
 @dataclass
 class Run:
     "A trained model with all it needs to be used."
@@ -823,7 +860,8 @@ def load_run(
     found = [name for name in (checkpoint, "last") if (folder/name).is_dir()]  # best is not there before the first look
     check(found, f"{folder} has no checkpoint yet: let it train for longer")
     saved = read_checkpoint(folder/found[0], state=False)
-    load_weights(model, saved.weights)
+    try: load_weights(model, saved.weights)
+    except InputError as error: raise InputError(f"{folder/found[0]}: {error}") from error
     try: tokenizer = Tokenizer.from_file(str(folder/"tokenizer.json"))
     except Exception as error: raise InputError(f"{folder/'tokenizer.json'} is missing or damaged ({type(error).__name__}): copy it from the run's data, or train again") from error
     found, V = tokenizer.get_vocab_size(), model.cfg.vocab_size
