@@ -33,9 +33,7 @@ def keep_top_p(
     if p >= 1: return logits  # a rounded sum can reach 1 before the last token
     probabilities, order = logits.softmax(dim=-1).sort(descending=True, stable=True)
     before = probabilities.cumsum(dim=-1) - probabilities      # what the likelier tokens hold already
-    beyond = before >= p
-    beyond[:, 0] = False                                       # the likeliest stays, however small p is
-    outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, beyond)
+    outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= p)
     return logits.masked_fill(outside, float("-inf"))
 
 # %% ../nbs/06_generate.ipynb #cecf8951
@@ -64,7 +62,7 @@ class SampleConfig:
         check(self.temperature >= 0, f"sample.temperature is {self.temperature}: give 0 or more")
         check(self.top_k is None or self.top_k >= 1, f"sample.top_k is {self.top_k}: give at least 1, or leave it out")
         check(0 < self.top_p <= 1, f"sample.top_p is {self.top_p}: give more than 0, and at most 1")
-        check(0.01 <= self.repetition_penalty <= 100, f"sample.repetition_penalty is {self.repetition_penalty}: give 0.01 to 100, beyond which logits overflow")
+        check(self.repetition_penalty > 0, f"sample.repetition_penalty is {self.repetition_penalty}: give more than 0")
         check(0 <= self.seed < 2**63, f"sample.seed is {self.seed}: give 0 or more, and less than 2**63")
 
 # %% ../nbs/06_generate.ipynb #6a8fe377
