@@ -1,5 +1,5 @@
 """The installed command, as its users run it."""
-import json, shutil, subprocess, sys
+import fcntl, json, os, pty, re, shutil, struct, subprocess, sys, termios
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,23 @@ def test_installed_command_trains(tmp_path):
     said = json.loads((run/"last/checkpoint.json").read_text())
     assert said["step"] == 6 and said["config"] == config and {"data", "versions", "commit", "metrics", "progress"} <= set(said)
     assert [line.split()[1] for line in done.stderr.splitlines()] == ["3/6", "6/6"]  # a line for each look, where there is no terminal
+
+
+def test_bar_in_a_terminal(here):
+    "One bar: steps, losses, rate and time left."
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))  # rows and columns
+    with subprocess.Popen([COMMAND, "train", "--config", "tiny", "--folder", "runs/watched", *SMALL, "--train.max_steps", "60"], stdout=subprocess.DEVNULL, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        while chunk := read_or_nothing(ours): shown += chunk
+    last = shown.decode().replace("\r", "\n").strip().splitlines()[-1]
+    assert process.returncode == 0 and re.search(r"training: 100%.*60/60 \[\d\d:\d\d<\d\d:\d\d, .*step/s, loss=\d.*, val_loss=\d.*, tokens=.*/s\]", last), last
+
+
+def read_or_nothing(terminal: int) -> bytes:
+    try: return os.read(terminal, 65536)
+    except OSError: return b""  # the other end has been closed
 
 
 def test_same_seed_same_run(here):

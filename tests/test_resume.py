@@ -115,7 +115,7 @@ def test_two_processes_killed(runs_of_two, kill):
     else:
         os.kill(dice.choice(ranks), signal.SIGKILL)
         said = process.communicate(timeout=60)[1]
-        assert process.returncode != 0 and "tinytransformer" in said
+        assert process.returncode != 0 and "another process of this training has ended" in said and f"tinytransformer train --resume {run}" in said
     process.wait()
     finish(start(runs_of_two, "train", "--resume", str(run), launcher=TORCHRUN))
     assert outcome(run) == outcome(runs_of_two/"runs/whole-two")
@@ -160,6 +160,13 @@ def test_sharded(runs, tmp_path):
     finish(start(runs, "train", "--resume", "runs/sharded"))
     one, two = (outcome(runs/"runs"/name)["rows"] for name in ("unsharded", "sharded"))
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-4) and len(one) == 60
+
+
+def test_data_is_prepared_once(tmp_path):
+    "Two processes that find no data: one writes it, the other waits and reads."
+    finish(start(tmp_path, "train", "--config", "tiny", *SMALL, launcher=TORCHRUN))
+    assert len(list((tmp_path/"data/raw").iterdir())) == len(list((tmp_path/"data/processed").iterdir())) == 1
+    assert [run.name for run in (tmp_path/"runs").iterdir()] == ["tiny"] and steps(tmp_path/"runs/tiny") == 6  # one run, each row written once
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 0), (signal.SIGTERM, 143)])

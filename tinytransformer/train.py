@@ -352,7 +352,7 @@ def noted_signals() -> Iterator[list[int]]:  # the numbers of those that came
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../nbs/05_train.ipynb #dc2922a3
+# %% ../nbs/05_train.ipynb #d379e6fa
 def agreed(
     signals: list[int],  # that came to this process
     accelerator: Accelerator,
@@ -369,7 +369,7 @@ def memory_mb(device: torch.device) -> float:
 @contextmanager
 def progress_bar(cfg: TrainConfig, at: Progress, accelerator: Accelerator) -> Iterator[Callable[[dict], None]]:
     "A bar with rate, losses and time left; it gets the row of each step."
-    shown = {}
+    shown = dict(loss="-", val_loss="-")
     with tqdm(total=cfg.max_steps, initial=at.step, desc="training", unit="step", disable=None if accelerator.is_main_process else True) as bar:
         def advance(row):
             shown.update({name: f"{row[name]:.3f}" for name in ("loss", "val_loss") if name in row}, tokens=f"{row['tokens_per_second']:,.0f}/s")
