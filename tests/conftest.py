@@ -9,7 +9,9 @@ SMALL = ["--data.articles", "60", "--data.vocab_size", "300", "--model.seq_len",
          "--train.max_steps", "6", "--train.eval_every", "3", "--sample.max_new_tokens", "5"]  # seconds, not minutes
 
 
-def pytest_addoption(parser): parser.addoption("--hub", action="store_true", help="also run the tests that talk to the Hub")
+def pytest_addoption(parser):
+    parser.addoption("--hub", action="store_true", help="also run the tests that talk to the Hub")
+    parser.addoption("--kills", type=int, default=2, help="how often each of the killing tests kills, at random moments")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -31,7 +33,7 @@ def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workspace")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        main(["train", "--config", "tiny", "--run", "runs/small", *SMALL])
+        main(["train", "--config", "tiny", "--folder", "runs/small", *SMALL])
     return folder
 
 
