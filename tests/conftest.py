@@ -21,9 +21,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
-    "One thread for each worker: there are as many workers as cores, and threads that fight over a core are far slower than one."
+    "One thread for each worker and for the commands it starts: there are as many workers as cores, and sums over other numbers of threads differ in their last bits."
     import torch
-    if "PYTEST_XDIST_WORKER" in os.environ: torch.set_num_threads(1)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,7 @@ def pytest_generate_tests(metafunc):
 
 def start(folder: Path, *args: str, launcher=()) -> subprocess.Popen:
     "A command in a process group of its own, so that all of it can be killed at once."
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.Popen([*launcher, COMMAND, *args], cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen([*launcher, COMMAND, *args], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -153,7 +152,7 @@ def test_sharded(runs, tmp_path):
                 "--fsdp_transformer_layer_cls_to_wrap", "Block", "--num_processes", "2", str(tmp_path/"sharded.py")]
     same = [*TRAIN, "--model.dropout", "0", "--train.max_steps", "60"]
     finish(start(runs, *same, "--folder", "runs/unsharded"))
-    process = subprocess.Popen([*launcher, *same, "--folder", "runs/sharded"], cwd=runs, env=dict(os.environ, OMP_NUM_THREADS="1"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen([*launcher, *same, "--folder", "runs/sharded"], cwd=runs, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     wait_for_step(process, runs/"runs/sharded", 30)
     for child in (process, *psutil.Process(process.pid).children(recursive=True)): os.kill(child.pid, signal.SIGKILL)
     process.wait()

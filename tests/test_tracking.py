@@ -31,7 +31,7 @@ def server(tmp_path_factory):
 
 def train(folder: Path, workspace: Path, *args: str, uri: str = "") -> subprocess.CompletedProcess:
     if not (folder/"data").exists(): shutil.copytree(workspace/"data", folder/"data")
-    env = dict(os.environ, MLFLOW_TRACKING_URI=uri, NO_PROXY="127.0.0.1", OMP_NUM_THREADS="1")
+    env = dict(os.environ, MLFLOW_TRACKING_URI=uri, NO_PROXY="127.0.0.1")
     done = subprocess.run([*TRAIN, *args] if "--resume" not in args else [COMMAND, "train", *args], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
