@@ -8,8 +8,8 @@ __all__ = ['SECTIONS', 'add_fields', 'make_parser', 'readable_config', 'unfinish
            'evaluate_command', 'generate_command', 'describe', 'state_of', 'runs_command', 'plot_runs', 'one_line',
            'process_name', 'main']
 
-# %% ../nbs/appendix/command_line.ipynb #71cbda44
-import io, json, os, re, signal, sys, time
+# %% ../nbs/appendix/command_line.ipynb #f166275c
+import atexit, io, json, os, re, signal, sys, time
 from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
@@ -135,7 +135,7 @@ def prepare_command(cfg: Namespace) -> None:
         print(f"{split:10}  {about['rows']:>8,} rows  {about['words']:>10,} words  {about['tokens']:>10,} tokens")
     print(f"vocabulary of {corpus.vocab_size:,} tokens; kept in {cfg.data.data_dir}/raw and {cfg.data.data_dir}/processed")
 
-# %% ../nbs/appendix/command_line.ipynb #9f4d9916
+# %% ../nbs/appendix/command_line.ipynb #61743d81
 def new_folder(
     name: str,  # of the configuration
 ) -> Path:
@@ -181,11 +181,11 @@ def train_command(cfg: Namespace) -> None:
     def article(model, title): return first_article(complete(model, corpus.tokenizer, title, cfg.sample)[0])
     run = Path(cfg.resume or cfg.folder or on_main(lambda: new_folder(Path(str(cfg.config[-1])).stem)))
     log = (lambda row: None) if sys.stderr.isatty() else progress_lines(cfg.train.max_steps)
+    atexit.register(processes().destroy_process_group)  # once all is said: it takes its time, and a launcher does not wait
     try: trained = train_run(run, cfg.data, cfg.model, cfg.train, resume=bool(cfg.resume), log=log, write=lambda model: article(model, titles[0]), sample=cfg.sample)
     except Stopped as stopped:
         if processes().is_main_process: print(f"tinytransformer: {stopped}; go on with: tinytransformer train --resume {run}", file=sys.stderr)
         sys.exit(143 if stopped.number == signal.SIGTERM else 0)
-    finally: processes().destroy_process_group()
     if not processes().is_main_process: return
     print("\n\n".join(article(trained.model, title) for title in titles))
     s = json.loads((run/"summary.json").read_text())
