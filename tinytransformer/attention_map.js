@@ -117,7 +117,7 @@ function triangle(head, T, n, [r, g, b]) {  // an n x n picture of the weights; 
 
 // --- the map
 
-export async function render(host, packed) {
+async function drawMap(host, packed) {
   const root = host.shadowRoot || host.attachShadow({ mode: "open" });
   host.setAttribute("data-lm-suppress-shortcuts", "true");  // JupyterLab's keys act on notebooks; ours are meant for the map
   const data = await read(packed), { T, tokens, layers, heads, statistics } = data, names = Object.keys(statistics);
@@ -387,17 +387,24 @@ export async function render(host, packed) {
 
 export default {  // anywidget
   render({ model, el }) {
-    let done = Promise.resolve();
-    const draw = () => { const host = make("div"); el.replaceChildren(host); done = done.then((stop) => { stop?.(); return render(host, model.get("data")); }); };
+    let stop = Promise.resolve();  // of the map drawn last
+    const draw = () => {
+      const old = el.firstElementChild?.attentionMap?.state, host = make("div");
+      el.replaceChildren(host);
+      stop = stop.then((end) => { end?.(); return drawMap(host, model.get("data")); }).then((end) => {
+        if (old) host.attentionMap.choose({ layer: old.layer, head: old.head });  // another prompt, the same head
+        return end;
+      });
+    };
     model.on("change:data", draw);
     draw();
-    return () => { model.off("change:data", draw); done.then((stop) => stop?.()); };
+    return () => { model.off("change:data", draw); stop.then((end) => end?.()); };
   },
 };
 
 for (const host of document.querySelectorAll(".attention-map:not([data-begun])")) {  // a page, or the output of a cell
   host.dataset.begun = "true";
-  render(host, JSON.parse(host.querySelector("script").textContent)).catch((error) => (host.shadowRoot || host).append(` the map cannot be drawn: ${error.message}`));
+  drawMap(host, JSON.parse(host.querySelector("script").textContent)).catch((error) => (host.shadowRoot || host).append(` the map cannot be drawn: ${error.message}`));
 }
 for (const row of document.querySelectorAll(".attention-maps:not([data-begun])")) {  // side by side: one layer and head for all
   row.dataset.begun = "true";

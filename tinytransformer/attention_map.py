@@ -325,7 +325,7 @@ def ablation(
     def loss(off): return look(model, ids, [""] * len(ids), off).loss
     return np.array([[loss([(l, h)]) for h in range(block.attention.num_heads)] for l, block in enumerate(model.blocks)]) - loss([])
 
-# %% ../nbs/appendix/attention_map.ipynb #27aa4c3e
+# %% ../nbs/appendix/attention_map.ipynb #855deb63
 class AttentionExplorer:
     "A model's attention, live: prompt, temperature, heads that can be switched off; needs `ipywidgets`, and is quicker with `anywidget`."
     def __init__(self,
@@ -380,7 +380,7 @@ class AttentionExplorer:
         import ipywidgets as w
         heads = [(f"layer {l}, head {h}", (l, h)) for l, block in enumerate(self.model.blocks) for h in range(block.attention.num_heads)]
         prompt = w.Textarea(self.prompt, description="prompt", continuous_update=False, layout=w.Layout(width="100%"))
-        temperature = w.FloatSlider(self.temperature, min=0.1, max=3.0, step=0.1, description="temperature")
+        temperature = w.FloatSlider(self.temperature, min=0.1, max=3.0, step=0.1, description="temperature", style=dict(description_width="initial"))
         off = w.SelectMultiple(options=heads, value=self.off, description="off", rows=min(6, len(heads)))
         said, report, place = w.HTML(), w.HTML(), live_place(lambda: self.map())
         def draw(_=None):
