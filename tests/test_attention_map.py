@@ -287,6 +287,9 @@ def test_side_by_side(show, weights):
     assert [(state(page, n)["layer"], state(page, n)["head"]) for n in (0, 1)] == [(1, 1), (1, 1)]
     page.locator(ROLE % "radio").nth(6).click()
     assert [(state(page, n)["layer"], state(page, n)["head"]) for n in (0, 1)] == [(0, 0), (0, 0)]
+    page = show(side_by_side(attention_map(weights, WORDS), attention_map(random_weights(2, 3, len(WORDS), seed=1), WORDS)))  # the same text: tokens, too
+    page.locator(ROLE % "option").nth(13).click()
+    assert state(page, 0) == state(page, 1) and state(page)["token"] == 3 and state(page)["pinned"]
 
 
 def test_light_and_dark(show, weights):

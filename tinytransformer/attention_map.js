@@ -157,7 +157,7 @@ async function drawMap(host, packed) {
     Object.assign(state, change);
     if (state.layer !== before.layer || state.head !== before.head) picture = null;
     paint();
-    host.dispatchEvent(new CustomEvent("attention-choose", { bubbles: true, detail: change }));
+    if (host.attentionMap) host.dispatchEvent(new CustomEvent("attention-choose", { bubbles: true }));
   }
   function arrange(change) {
     Object.assign(state, change);
@@ -378,7 +378,7 @@ async function drawMap(host, packed) {
   dress();
   arrange({});
   sizes.observe(heat);
-  host.attentionMap = { state, choose, weight: data.weight, why: data.why, svg, png };
+  host.attentionMap = { tokens, state, choose, weight: data.weight, why: data.why, svg, png };
   host.dataset.ready = "true";
   return () => { watcher.disconnect(); sizes.disconnect(); preference.removeEventListener("change", redress); };
 }
@@ -406,13 +406,13 @@ for (const host of document.querySelectorAll(".attention-map:not([data-begun])")
   host.dataset.begun = "true";
   drawMap(host, JSON.parse(host.querySelector("script").textContent)).catch((error) => (host.shadowRoot || host).append(` the map cannot be drawn: ${error.message}`));
 }
-for (const row of document.querySelectorAll(".attention-maps:not([data-begun])")) {  // side by side: one layer and head for all
+for (const row of document.querySelectorAll(".attention-maps:not([data-begun])")) {  // side by side: one layer and head for all, and one token where the texts are the same
   row.dataset.begun = "true";
-  row.addEventListener("attention-choose", ({ target, detail: { layer, head } }) => {
-    if (layer === undefined && head === undefined) return;
-    for (const other of row.querySelectorAll(".attention-map")) {
-      const map = other.attentionMap;
-      if (other !== target && map && (map.state.layer !== target.attentionMap.state.layer || map.state.head !== target.attentionMap.state.head)) map.choose({ layer: target.attentionMap.state.layer, head: target.attentionMap.state.head });
+  row.addEventListener("attention-choose", ({ target }) => {
+    const { tokens, state } = target.attentionMap;
+    for (const { attentionMap: other } of row.querySelectorAll(".attention-map")) {
+      const linked = ["layer", "head", ...(other?.tokens.join("\0") === tokens.join("\0") ? ["token", "key", "pinned"] : [])];
+      if (other?.state !== state && linked.some((name) => other?.state[name] !== state[name])) other?.choose(Object.fromEntries(linked.map((name) => [name, state[name]])));
     }
   });
 }
