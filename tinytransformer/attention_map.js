@@ -378,7 +378,7 @@ async function drawMap(host, packed) {
   dress();
   arrange({});
   sizes.observe(heat);
-  host.attentionMap = { tokens, state, choose, weight: data.weight, why: data.why, svg, png };
+  host.attentionMap = { tokens, size: { layers: layers.length, heads: heads.length, tokens: T }, state, choose, weight: data.weight, why: data.why, svg, png };
   host.dataset.ready = "true";
   return () => { watcher.disconnect(); sizes.disconnect(); preference.removeEventListener("change", redress); };
 }
