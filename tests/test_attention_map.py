@@ -1,15 +1,13 @@
 """The map in a real browser: what it shows is what NumPy says, every part answers to mouse and keys, and nothing is asked of any network."""
-import json, re, shutil, subprocess, sys, time, xml.etree.ElementTree as ElementTree
-from urllib.request import urlopen
+import re, shutil, subprocess, sys, time, xml.etree.ElementTree as ElementTree
 
 import nbformat
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT
-from nbformat.sign import NotebookNotary
 from playwright.sync_api import Error, Page, sync_playwright
-from tinytransformer.attention_map import attention_map, decode, encode, look, side_by_side
+from tinytransformer.attention_map import attention_map, decode, encode, look, script, side_by_side
 from tinytransformer.model import ModelConfig, Transformer
 
 SWITCHES = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
@@ -328,6 +326,16 @@ def test_many_heads_and_tokens(show):
     page = show(attention_map(random_weights(1, 1, 300), [f"t{i}" for i in range(300)]))
     page.mouse.click(*cell(page, 299, 7, 300))
     assert abs(state(page)["token"] - 299) <= 1 and abs(state(page)["key"] - 7) <= 1
+
+
+@pytest.mark.parametrize("name", ["02_attention", "06_generate", "appendix/attention_map"])
+def test_saved_notebooks(show, name):
+    "The maps that are saved in the book, on one page: all drawn, by the script as it is now."
+    notebook = nbformat.read(ROOT/"nbs"/f"{name}.ipynb", as_version=4)
+    saved = [output["data"]["text/html"] for cell in notebook.cells for output in cell.get("outputs", []) if "attention-map" in output.get("data", {}).get("text/html", "")]
+    assert saved and all(script() in each for each in saved), f"run {name} again: attention_map.js has changed"
+    page = show(html="<!doctype html><meta charset=utf-8>" + "".join(saved))
+    assert page.locator(".map").count() == "".join(saved).count('class="attention-map"')
 
 
 NOTEBOOK = """

@@ -179,7 +179,7 @@ async function drawMap(host, packed) {
   const clamp = (t) => Math.max(0, Math.min(T - 1, t));
 
   for (const h of all) {
-    h.canvas = make("canvas", { width: Math.min(T, 64), height: Math.min(T, 64) });
+    h.canvas = make("canvas", { width: Math.min(T, 64), height: Math.min(T, 64), style: T < 64 ? "image-rendering: pixelated" : "" });
     h.caption = make("span", {}, name(h.layer, h.head));
     const said = () => `layer ${layers[h.layer]}, head ${heads[h.head]}` + names.map((n) => `, ${n} ${digits(statistics[n][h.layer][h.head] ?? NaN, 3)}`).join("");
     h.button = make("button", { type: "button", role: "radio", "aria-checked": "false", "aria-label": said(), title: said(), onclick: () => choose({ layer: h.layer, head: h.head }) }, h.canvas, h.caption);
@@ -261,7 +261,7 @@ async function drawMap(host, packed) {
     const every = Math.ceil(11 / cell), label = (t, chosen, write) => {
       if (!chosen && t % every) return;
       context.font = `${chosen ? "bold " : ""}10px ui-monospace, monospace`;
-      write([...shown(tokens[t])].slice(0, 12).join(""), margin + (t + 0.5) * cell);
+      write([...(shown(tokens[t]).trim() || "␣")].slice(0, 12).join(""), margin + (t + 0.5) * cell);
     };
     const near = (t, chosen) => t !== chosen && Math.abs(t - chosen) * cell < 11;  // would be written over the chosen one
     for (let t = 0; t < T; t++) {
@@ -329,7 +329,7 @@ async function drawMap(host, packed) {
     for (let q = 0; q < T; q++) for (let k = 0; k <= q; k++) { const w = data.weight(layer, head, q, k); if (w >= 1e-3) box(margin + k * cell, margin + 20 + q * cell, cell, cell, colours.looks, strength(w)); }
     parts.push(`<rect x="${margin}" y="${margin + 20}" width="${size - margin}" height="${size - margin}" fill="none" stroke="${colours.line}"/>`);
     for (let t = 0; t < T; t++) if (t % every === 0) {
-      const word = [...shown(tokens[t])].slice(0, 12).join(""), at = margin + (t + 0.5) * cell;
+      const word = [...(shown(tokens[t]).trim() || "␣")].slice(0, 12).join(""), at = margin + (t + 0.5) * cell;
       say(margin - 4, at + 24, word, `text-anchor="end" ${mono}`);
       say(at + 4, margin + 16, word, `transform="rotate(-90 ${(at + 4).toFixed(1)} ${margin + 16})" ${mono}`);
     }
