@@ -226,7 +226,7 @@ def outcome_files(run: Path) -> dict: return {f: f.read_bytes() for f in run.rgl
 def test_resume_for_longer(half):
     main(["train", "--resume", "runs/half", "--train.max_steps", "250", "--train.eval_every", "50"])
     assert steps(half) == 250 and json.loads((half/"summary.json").read_text())["steps"] == 250
-    assert "complete, nothing is left to do" in refusal("train", "--resume", "runs/half")
+    assert "complete after 250 steps, nothing is left to do" in refusal("train", "--resume", "runs/half")
     assert len(json.loads((half/"environment.json").read_text())) == 2  # both starts are on record
 
 
@@ -235,14 +235,91 @@ def test_damaged_last_falls_back(half, runs, capsys):
     file.write_bytes(file.read_bytes()[:-50])
     main(["train", "--resume", "runs/half"])
     said = capsys.readouterr().err
-    assert "last is missing or damaged (state.pt is not what was written)" in said and "going on from the one before it, step" in said
+    assert "last is missing or damaged (state.pt is not what was written)" in said and "going on from previous, step" in said
     assert outcome(half) == outcome(runs/"runs/whole")
 
 
 def test_damaged_beyond_repair(half):
-    for name in ("last", "previous"): (half/name/"model.safetensors").write_bytes(b"")
-    assert "previous is missing or damaged" in refusal("train", "--resume", "runs/half")
+    for name in ("last", "previous", "best"): (half/name/"model.safetensors").write_bytes(b"")
+    before = outcome_files(half)
+    assert "there is no other to go on from" in refusal("train", "--resume", "runs/half")
+    assert outcome_files(half) == before
 
+
+def test_best_is_enough(half, runs, capsys):
+    "Who keeps only the best checkpoint can go on from it."
+    for name in ("last", "previous"): shutil.rmtree(half/name)
+    main(["train", "--resume", "runs/half"])
+    assert "going on from best, step" in capsys.readouterr().err
+    assert outcome(half) == outcome(runs/"runs/whole")
+
+
+def test_edited_config(half):
+    "What an option may not change, an edited file may not change either; and nothing is written before that is known."
+    file = half/"config.yaml"
+    file.write_text(file.read_text().replace("learning_rate: 0.01\n", "learning_rate: 0.02\n"))
+    before = outcome_files(half)
+    assert "begun with train.learning_rate 0.01, not 0.02" in refusal("train", "--resume", "runs/half")
+    file.write_text(file.read_text().replace("learning_rate: 0.02\n", "learning_rate: 0.01\n").replace("articles: 60", "articles: 70"))
+    before = outcome_files(half)
+    assert "trained on other data or with another tokenizer" in refusal("train", "--resume", "runs/half")
+    assert outcome_files(half) == before
+
+
+def test_refused_before_it_is_written(half):
+    before = outcome_files(half)
+    assert "give a multiple of 5" in refusal("train", "--resume", "runs/half", "--train.micro_batches", "5")
+    assert "steps already" in refusal("train", "--resume", "runs/half", "--train.max_steps", "50")
+    assert outcome_files(half) == before
+    assert "give a multiple of 5" in refusal("train", "--config", "tiny", *SMALL, "--train.micro_batches", "5")
+    assert [run.name for run in half.parent.iterdir()] == ["half"]  # no empty folder stays
+
+
+@pytest.mark.parametrize("damage", ["", "{", "null", "[1]x"])
+def test_damaged_records(half, runs, damage):
+    "A damaged line or log never ends a training, or is told in one line."
+    (half/"environment.json").write_text(damage)
+    assert "environment.json is damaged: delete it" in refusal("train", "--resume", "runs/half")
+    (half/"environment.json").unlink()
+    rows = (half/"metrics.jsonl").read_text().splitlines(keepends=True)
+    (half/"metrics.jsonl").write_text("".join(rows[:30] + [damage + "\n"] + rows[31:]))
+    main(["train", "--resume", "runs/half"])
+    assert steps(half) == 239 and (half/"summary.json").read_bytes() == (runs/"runs/whole/summary.json").read_bytes()
+
+
+def test_stopped_by_patience(half, runs):
+    "To go on, patience has to grow."
+    shutil.rmtree(half)
+    quick = ["--train.learning_rate", "0.3", "--train.eval_every", "5", "--train.patience", "1", "--folder", "runs/half"]
+    main([*TRAIN, *quick])
+    done = steps(half)
+    assert done < 240 and "and a larger --train.patience" in refusal("train", "--resume", "runs/half", "--train.max_steps", "300")
+    main(["train", "--resume", "runs/half", "--train.max_steps", "300", "--train.patience", "2"])
+    assert steps(half) > done
+
+
+def test_begun_at_the_same_moment(runs, tmp_path):
+    "Each gets a folder of its own."
+    shutil.copytree(runs/"data", tmp_path/"data")
+    for process in [start(tmp_path, *TRAIN) for _ in range(3)]: finish(process)
+    assert sorted(run.name for run in (tmp_path/"runs").iterdir()) == ["tiny", "tiny-2", "tiny-3"]
+
+
+def test_nobody_reads(runs):
+    "The lines on stderr are for whoever is there; training does not depend on it."
+    process = start(runs, *TRAIN, "--folder", "runs/unread")
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0 and steps(runs/"runs/unread") == 240
+
+
+def test_runs_with_odd_ones_among_them(half, capsys):
+    "A damaged run is left out and said so; a name with $ is no mathematics."
+    shutil.copytree(half, half.parent/"a $$ b")
+    (half.parent/"odd").mkdir()
+    (half.parent/"odd/config.yaml").write_text("{}")
+    main(["runs"])
+    said = capsys.readouterr()
+    assert "odd is left out" in said.err and "a $$ b" in said.out and "half" in said.out
 
 def test_checkpoint_of_another_run(half):
     "Its text, its tokenizer, its model: each is noticed."

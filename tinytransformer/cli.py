@@ -8,10 +8,12 @@ __all__ = ['SECTIONS', 'add_fields', 'make_parser', 'readable_config', 'unfinish
            'evaluate_command', 'generate_command', 'describe', 'state_of', 'runs_command', 'plot_runs', 'one_line',
            'process_name', 'main']
 
-# %% ../nbs/appendix/command_line.ipynb #f166275c
-import atexit, io, json, os, re, signal, sys, time
+# %% ../nbs/appendix/command_line.ipynb #2e8def80
+import atexit, io, json, os, re, shlex, signal, sys, time
 from argparse import ArgumentError
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +26,7 @@ from . import __version__
 from .data import SPLITS, Corpus, DataConfig, InputError, check, prepare, write_whole
 from .generate import SampleConfig, complete
 from .model import ModelConfig, count_parameters, parameter_formula
-from .train import (Elsewhere, Stopped, TrainConfig, config_file, evaluate, load_run, make_config, on_main, perplexities, processes, read_config, read_rows,
+from .train import (Elsewhere, Stopped, TrainConfig, config_file, evaluate, load_run, make_config, on_main, perplexities, processes, read_config, read_json, read_rows,
                                    train_run)
 
 # %% ../nbs/appendix/command_line.ipynb #975d3f48
@@ -74,7 +76,7 @@ def make_parser() -> ArgumentParser:
     for name, sub in dict(prepare=prepare, train=train, evaluate=evaluate, generate=generate, runs=runs).items(): commands.add_subcommand(name, sub, help=sub.description)
     return parser
 
-# %% ../nbs/appendix/command_line.ipynb #6a4fe904
+# %% ../nbs/appendix/command_line.ipynb #55393b64
 def readable_config(
     name: str,
 ) -> str:  # the path of its YAML file
@@ -86,8 +88,8 @@ def readable_config(
 def unfinished(
     name: str | None,  # of a configuration; None for any
 ) -> list[Path]:       # the newest first
-    "Runs below `runs/` that were begun and are not complete."
-    found = [f.parent for f in Path("runs").glob("[!.]*/config.yaml") if not (f.parent/"summary.json").exists()]
+    "Runs below `runs/` that were begun, are not complete, and that nobody is training."
+    found = [f.parent for f in Path("runs").glob("[!.]*/config.yaml") if state_of(f.parent) == "stopped"]
     return sorted((run for run in found if not name or re.fullmatch(rf"{re.escape(name)}(-\d+)?", run.name)), key=lambda run: -(run/"config.yaml").stat().st_mtime)
 
 def resumable(
@@ -97,6 +99,7 @@ def resumable(
     def value(option): return next((arg for before, arg in zip(args, args[1:]) if before == option), None)
     run, config, folder = value("--resume"), value("--config"), value("--folder")
     if run is None: return args
+    check(run == "auto" or folder is None, f"--resume {run} names the folder already: leave --folder {folder} out")
     rest = [arg for before, arg in zip([None, *args], args) if arg != "--resume" and before != "--resume"]
     if run == "auto":
         runs = [Path(folder)] if folder and (Path(folder)/"config.yaml").exists() else [] if folder else unfinished(config and Path(config).stem)
@@ -113,6 +116,7 @@ def config_paths(
     if not args or args[0] not in ("prepare", "train"): return args
     rest = [part for arg in args[1:] for part in (arg.split("=", 1) if arg.startswith(("--config=", "--resume=", "--folder=")) else [arg])]
     if args[0] == "train": rest = resumable(rest)
+    rest = [os.path.expanduser(arg) if before in ("--folder", "--resume") else arg for before, arg in zip([None, *rest], rest)]
     return [args[0], *(readable_config(arg) if before == "--config" else arg for before, arg in zip([None, *rest], rest))]
 
 def parse(
@@ -135,14 +139,16 @@ def prepare_command(cfg: Namespace) -> None:
         print(f"{split:10}  {about['rows']:>8,} rows  {about['words']:>10,} words  {about['tokens']:>10,} tokens")
     print(f"vocabulary of {corpus.vocab_size:,} tokens; kept in {cfg.data.data_dir}/raw and {cfg.data.data_dir}/processed")
 
-# %% ../nbs/appendix/command_line.ipynb #61743d81
+# %% ../nbs/appendix/command_line.ipynb #3b52175c
 def new_folder(
     name: str,  # of the configuration
 ) -> Path:
     "`runs/name`, or the first of `runs/name-2`, `runs/name-3`, ... that is not there yet."
-    path, k = Path("runs")/name, 1
-    while path.exists(): k += 1; path = Path("runs")/f"{name}-{k}"
-    return path
+    for k in count(1):
+        path = Path("runs")/(name if k == 1 else f"{name}-{k}")
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)  # of two that begin at the same moment, one gets it
+            return path
 
 def unseen_titles(
     corpus: Corpus,
@@ -170,7 +176,7 @@ def progress_lines(
         began = began or (time.monotonic(), row["step"])
         if "val_loss" not in row: return
         seconds = (time.monotonic() - began[0]) / max(1, row["step"] - began[1]) * (max_steps - row["step"])
-        print(f"step {row['step']}/{max_steps}  loss {row['loss']:.3f}  validation {row['val_loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  "
+        with suppress(OSError): print(f"step {row['step']}/{max_steps}  loss {row['loss']:.3f}  validation {row['val_loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  "
               f"{seconds // 60:.0f}:{seconds % 60:02.0f} left", file=sys.stderr)
     return log
 
@@ -183,8 +189,11 @@ def train_command(cfg: Namespace) -> None:
     log = (lambda row: None) if sys.stderr.isatty() else progress_lines(cfg.train.max_steps)
     atexit.register(processes().destroy_process_group)  # once all is said: it takes its time, and a launcher does not wait
     try: trained = train_run(run, cfg.data, cfg.model, cfg.train, resume=bool(cfg.resume), log=log, write=lambda model: article(model, titles[0]), sample=cfg.sample)
+    except InputError:
+        with suppress(OSError): run.rmdir()  # refused before anything was written
+        raise
     except Stopped as stopped:
-        if processes().is_main_process: print(f"tinytransformer: {stopped}; go on with: tinytransformer train --resume {run}", file=sys.stderr)
+        if processes().is_main_process: print(f"tinytransformer: {stopped}; go on with: tinytransformer train --resume {shlex.quote(str(run))}", file=sys.stderr)
         sys.exit(143 if stopped.number == signal.SIGTERM else 0)
     if not processes().is_main_process: return
     print("\n\n".join(article(trained.model, title) for title in titles))
@@ -193,7 +202,7 @@ def train_command(cfg: Namespace) -> None:
     print(f"\n{count_parameters(trained.model):,} parameters, best after {s['best_step']} of {s['steps']} steps: validation loss {s['val_loss']:.3f} nats per token{floor}")
     print(f"perplexity {s['perplexity']:.2f} per token, {s['word_perplexity']:.2f} per word, {s['bits_per_byte']:.3f} bits per byte; everything is kept in {run}")
 
-# %% ../nbs/appendix/command_line.ipynb #84897a16
+# %% ../nbs/appendix/command_line.ipynb #16f22bc3
 def evaluate_command(cfg: Namespace) -> None:
     "One split, read whole."
     run = load_run(cfg.RUN)
@@ -201,7 +210,9 @@ def evaluate_command(cfg: Namespace) -> None:
     check(corpus.fingerprint == run.checkpoint["data"], f"{cfg.RUN} was trained on other data than what is in {run.config['data']['data_dir']} now: train again")
     about, floor = corpus.about[cfg.split], corpus.floor(cfg.split)
     kept = run.folder/"evaluation.json"
-    found = json.loads(kept.read_text()) if kept.exists() else {}
+    found = read_json(kept)
+    T = min(run.model.cfg.seq_len, about["tokens"] - 1)
+    check(cfg.stride is None or 1 <= cfg.stride <= T, f"stride is {cfg.stride}: give 1 to {T}, the tokens that a window has")
     print(f"{'split':11} {'windows':14} {'tokens':>9} {'loss':>7} {'floor':>7} {'perplexity':>11} {'per word':>9} {'bits/byte':>9}")
     for name, stride in ({"side by side": None} | ({} if cfg.stride is None else {f"stride {cfg.stride}": cfg.stride})).items():
         loss = evaluate(run.model, corpus.streams[cfg.split], stride=stride)
@@ -216,14 +227,14 @@ def generate_command(cfg: Namespace) -> None:
     own = {field: cfg.given[field] for field in SampleConfig.__dataclass_fields__ if field in cfg.given}
     print(complete(run.model, run.tokenizer, cfg.PROMPT, make_config(SampleConfig, "sample", run.config.get("sample", {}) | own))[0])
 
-# %% ../nbs/appendix/command_line.ipynb #13cf093b
+# %% ../nbs/appendix/command_line.ipynb #af76797b
 def describe(
     run: Path,
 ) -> dict:  # column -> value
     "One run in a row of the table."
     config, rows = read_config(run/"config.yaml"), read_rows(run/"metrics.jsonl")
     looks = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
-    summary = json.loads((run/"summary.json").read_text()) if (run/"summary.json").exists() else {}
+    summary = read_json(run/"summary.json")
     tokens = config["train"]["batch_size"] * config["model"]["seq_len"]
     speeds = [row["tokens_per_second"] for row in rows]
     return dict(run=run.name, state=state_of(run), steps=f"{rows[-1]['step'] if rows else 0}/{config['train']['max_steps']}",
@@ -243,7 +254,13 @@ def runs_command(cfg: Namespace) -> None:
     "All runs of a folder in a table, and their curves in one picture."
     runs = sorted(file.parent for file in Path(cfg.FOLDER).glob("[!.]*/config.yaml"))
     check(runs, f"there are no runs in {cfg.FOLDER}: train one, or give the folder that holds them")
-    table = [describe(run) for run in runs]
+    table = []
+    for run in list(runs):
+        try: table.append(describe(run))
+        except (InputError, KeyError, TypeError) as error:  # whatever an edited file may lack
+            runs.remove(run)
+            print(f"tinytransformer: {run} is left out, its files are damaged: {one_line(error)}", file=sys.stderr)
+    if not table: return
     width = {column: max(len(column), *(len(row[column]) for row in table)) for column in table[0]}
     for row in [{column: column.replace("_", " ") for column in width}, *table]:
         print("  ".join(value.ljust(width[column]) if column in ("run", "state") else value.rjust(width[column]) for column, value in row.items()))
@@ -264,20 +281,20 @@ def plot_runs(
         line, = axes.plot([row["step"] for row in looks], [row["val_loss"] for row in looks], "o-", ms=3, label=run.name)
         axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], lw=0.5, alpha=0.3, color=line.get_color())
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="validation loss (dots) and training loss (thin)", ylim=(0, None))
-    axes.legend(fontsize=8)
+    for text in axes.legend(fontsize=8).get_texts(): text.set_parse_math(False)  # a $ is a $
     return figure
 
-# %% ../nbs/appendix/command_line.ipynb #5286168b
+# %% ../nbs/appendix/command_line.ipynb #216a574a
 def one_line(
     error: Exception,
 ) -> str:
     "What went wrong, without line breaks or repr's debris."
     if isinstance(error, OSError) and error.strerror: return (f"{error.strerror}: {error.filename}" if error.filename else error.strerror) + "; put that right, then run the same command again"
     text = " ".join(str(error).split())
-    wrong_type = re.match(r'Parser key "(?P<key>\S+)": .*(?:Got|Given) value: (?P<value>.*)$', text)
+    wrong_type = re.match(r'Parser key "(?P<key>\S+)": .*(?:Got|Given) value: ?(?P<value>.*)$', text)
     if not wrong_type: return re.sub(r"^argument |(evaluate|generate)\.(?=RUN|PROMPT)", "", text)
     section, _, field = wrong_type["key"].rpartition(".")
-    wanted = SECTIONS.get(section, SampleConfig).__annotations__.get(field)
+    wanted = SECTIONS.get(section, SampleConfig).__annotations__.get(field, int if field == "stride" else None)
     return f"{wrong_type['key']} is {wrong_type['value']!r}: give {getattr(wanted, '__name__', wanted)}" if wanted else text
 
 def process_name() -> str:
@@ -293,6 +310,9 @@ def main(
         command, cfg = parse(sys.argv[1:] if args is None else list(args))
         dict(prepare=prepare_command, train=train_command, evaluate=evaluate_command, generate=generate_command, runs=runs_command)[command](cfg)
     except Elsewhere: sys.exit(1)  # process 0 says it
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its end
+        sys.exit("tinytransformer: whoever read the output is gone")
     except (InputError, ArgumentError, OSError) as error: sys.exit(f"tinytransformer{process_name()}: {one_line(error)}")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error): raise  # PyTorch has no error of its own for this on a CPU

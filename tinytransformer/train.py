@@ -8,12 +8,12 @@ __all__ = ['CONFIGS', 'STOP_SIGNALS', 'WHOLE', 'MAY_CHANGE', 'TrainConfig', 'con
            'perplexities', 'first_not_finite', 'on_cpu', 'processes', 'make_accelerator', 'train_step', 'Progress',
            'Stopped', 'noted_signals', 'agreed', 'memory_mb', 'progress_bar', 'Diverged', 'fit', 'random_state',
            'set_random_state', 'Elsewhere', 'on_main', 'unwrapped', 'save_checkpoint', 'Checkpoint', 'read_checkpoint',
-           'load_weights', 'restore', 'say', 'Checkpoints', 'environment', 'git_commit', 'read_rows', 'JsonLines',
-           'plot_metrics', 'live_curve', 'Trackers', 'run_lock', 'refuse', 'explained', 'summary', 'train_run', 'begin',
-           'finish', 'Run', 'load_run', 'trained_tiny']
+           'load_weights', 'restore', 'say', 'unchanged', 'Checkpoints', 'environment', 'git_commit', 'read_rows',
+           'read_json', 'JsonLines', 'plot_metrics', 'live_curve', 'Trackers', 'run_lock', 'refuse', 'explained',
+           'summary', 'train_run', 'begin', 'finish', 'Run', 'load_run', 'trained_tiny']
 
-# %% ../nbs/05_train.ipynb #ab8fa94b
-import copy, inspect, io, json, math, os, platform, random, re, shutil, signal, subprocess, sys, threading, time
+# %% ../nbs/05_train.ipynb #cad95cc8
+import copy, inspect, io, json, math, os, platform, random, re, shlex, signal, subprocess, sys, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -46,7 +46,7 @@ from . import __version__
 from .data import Blocks, Corpus, DataConfig, InputError, check, digest, prepare, whole_folder, write_whole
 from .model import ModelConfig, Transformer, next_token_loss
 
-# %% ../nbs/05_train.ipynb #bce9ecc4
+# %% ../nbs/05_train.ipynb #a329f429
 @dataclass
 class TrainConfig:
     "How the model is trained."
@@ -77,6 +77,7 @@ class TrainConfig:
                 value = getattr(self, name)
                 check(value is None or good(value), f"train.{name} is {value!r}: give {wish}")
         need("max_steps batch_size micro_batches eval_every patience", lambda v: v >= 1, "at least 1")
+        need("max_steps batch_size micro_batches eval_every patience warmup_steps", lambda v: v <= 10**12, "at most 10**12")
         need("learning_rate grad_clip", lambda v: 0 < v < math.inf, "more than 0")
         need("min_learning_rate weight_decay warmup_steps seed", lambda v: 0 <= v < math.inf, "0 or more")
         need("beta1 beta2 label_smoothing", lambda v: 0 <= v < 1, "0 or more, and less than 1")
@@ -99,13 +100,14 @@ def config_file(
     check(path.is_file(), f"there is no configuration {name!r}: give {', '.join(packaged)} or the path of a YAML file")
     return path
 
-# %% ../nbs/05_train.ipynb #79fb2c06
+# %% ../nbs/05_train.ipynb #067ea035
 def read_config(
     path: str | Path,
 ) -> dict[str, dict]:  # section -> field -> value
     "The sections of a YAML file as plain dictionaries."
     try: sections = yaml.safe_load(Path(path).read_text())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error: raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if isinstance(sections, dict): sections = {name: s for name, s in sections.items() if s is not None or name not in ("folder", "resume")}  # as --print_config writes them
     check(isinstance(sections, dict) and all(isinstance(s, dict) for s in sections.values()), f"{path} is no configuration: give sections such as `model:` with fields below")
     return sections
 
@@ -274,7 +276,7 @@ def first_not_finite(
     gradients = [name for name, p in model.named_parameters() if p.grad is not None and lost(p.grad)]
     return f"the gradient of {gradients[-1]}" if gradients else "the loss"
 
-# %% ../nbs/05_train.ipynb #a59cd788
+# %% ../nbs/05_train.ipynb #075aed92
 def on_cpu() -> bool:
     "Whether to train on the CPU: where there is nothing better, or `accelerate` was told to."
     return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
@@ -290,6 +292,8 @@ def make_accelerator(
     bf16 = cfg.precision == "bf16" or cfg.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     AcceleratorState._reset_state()  # one process may train several models, each with its own precision
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=on_cpu())
+    share = accelerator.num_processes * cfg.micro_batches
+    check(cfg.batch_size % share == 0, f"train.batch_size is {cfg.batch_size}: give a multiple of {share}, for {accelerator.num_processes} processes x {cfg.micro_batches} micro-batches")
     if accelerator.is_fsdp2: accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # it would take a tied matrix for two
     return accelerator
 
@@ -384,7 +388,7 @@ class Diverged(InputError):
                          "the weights are those of the step before: lower train.learning_rate, warm up for longer, or set train.skip_non_finite")
         self.step, self.where = step, where
 
-# %% ../nbs/05_train.ipynb #e8bdcf81
+# %% ../nbs/05_train.ipynb #8caf04b8
 def fit(
     model: Transformer,
     corpus: Corpus,
@@ -395,8 +399,6 @@ def fit(
 ) -> list[dict]:  # the rows: step, epoch, loss, learning_rate, grad_norm, tokens_per_second, memory_mb and, now and then, val_loss
     "Train `model` in place for `cfg.max_steps` steps; `Diverged` and `Stopped` say where it ended early."
     accelerator = accelerator or make_accelerator(cfg)
-    share = accelerator.num_processes * cfg.micro_batches
-    check(cfg.batch_size % share == 0, f"train.batch_size is {cfg.batch_size}: give a multiple of {share}, for {accelerator.num_processes} processes x {cfg.micro_batches} micro-batches")
     if cfg.compile: model.compile()
     net, optimizer = accelerator.prepare(model.train(), make_optimizer(model, cfg))
     at = checkpoints.load(model, optimizer) if checkpoints else Progress()
@@ -529,32 +531,51 @@ def say(message: str) -> None:
     "Tell whoever is watching, above a progress bar."
     if processes().is_main_process: tqdm.write(message, file=sys.stderr)
 
-# %% ../nbs/05_train.ipynb #4780545c
+# %% ../nbs/05_train.ipynb #bce15632
+MAY_CHANGE = {"data.data_dir"} | {f"train.{name}" for name in "max_steps micro_batches eval_every patience precision compile skip_non_finite track".split()}
+
+def unchanged(
+    run: Path,
+    old: dict,  # section -> field -> value
+    new: dict,
+) -> None:
+    "Raise `InputError` where a setting that a run keeps for life is another in `new`."
+    for section, field in [(s, f) for s in ("data", "model", "train") for f in new[s]]:
+        was, value = old.get(section, {}).get(field), new[section][field]
+        check(was == value or f"{section}.{field}" in MAY_CHANGE, f"{run} was begun with {section}.{field} {was}, not {value}: leave it as it was, or start a new run")
+
+# %% ../nbs/05_train.ipynb #072013c5
 @dataclass
 class Checkpoints:
     "The checkpoints of a run: `last`, `previous` and `best`."
     run: Path
     about: dict  # what each of them says of itself: config, data, versions, commit
+    begin: Callable[[], None] = lambda: None  # called once it is sure that training can go on; until then nothing is written
 
     def newest(self) -> Checkpoint | None:
-        "`last`, or the one before it if that is damaged; None if there is none yet."
-        last, previous = self.run/"last", self.run/"previous"
-        if not last.exists(): return read_checkpoint(previous) if previous.exists() else None  # killed between two renames
-        try: return read_checkpoint(last)
-        except InputError as error:
-            check(previous.exists(), f"{error}, and there is none before it: delete {self.run} and train again")
-            checkpoint = read_checkpoint(previous)
-            say(f"{error}; going on from the one before it, step {checkpoint.info['step']}")
-            return checkpoint
+        "The first of `last`, `previous` and `best` that is whole; None if there is none yet."
+        damaged = []
+        for name in ("last", "previous", "best"):
+            if not (self.run/name).exists(): continue  # killed between two renames, or deleted
+            try: checkpoint = read_checkpoint(self.run/name)
+            except InputError as error: damaged.append(str(error))
+            else:
+                if damaged or name == "best": say("; ".join([*damaged, f"going on from {name}, step {checkpoint.info['step']}"]))
+                return checkpoint
+        check(not damaged, f"{'; '.join(damaged)}; there is no other to go on from: train anew in another folder")
 
     def load(self, model: Transformer, optimizer: torch.optim.Optimizer) -> Progress:
         "Go to where the newest checkpoint was written; without one, stay at the start."
         checkpoint = self.newest()
-        if not checkpoint: return Progress()
-        check(checkpoint.info["data"] == self.about["data"], f"the checkpoint in {self.run} was trained on other data or with another tokenizer: give those it was trained on, or start a new run")
-        check(checkpoint.info["config"]["model"] == asdict(model.cfg), f"the checkpoint in {self.run} is of another model: start a new run")
-        restore(checkpoint, model, optimizer)
-        return Progress(**checkpoint.info["progress"])
+        at = Progress(**checkpoint.info["progress"]) if checkpoint else Progress()
+        if checkpoint:
+            check(checkpoint.info["data"] == self.about["data"], f"the checkpoint in {self.run} was trained on other data or with another tokenizer: give those it was trained on, or start a new run")
+            unchanged(self.run, checkpoint.info["config"], self.about["config"])
+            most = self.about["config"]["train"]["max_steps"]
+            check(at.step <= most, f"{self.run} has {at.step} steps already, and train.max_steps is {most}: give {at.step} or more")
+            restore(checkpoint, model, optimizer)
+        self.begin()
+        return at
 
     def save(self, model: Transformer, optimizer: torch.optim.Optimizer, at: Progress, row: dict, better: bool) -> None:
         "Write `last`, after moving the one there to `previous`, and `best` if it is better."
@@ -576,16 +597,28 @@ def git_commit() -> str | None:
     try: return subprocess.run("git describe --always --dirty --abbrev=40 --exclude=*".split(), cwd=CONFIGS, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return None
 
-# %% ../nbs/05_train.ipynb #eece3166
+# %% ../nbs/05_train.ipynb #7aea5129
 def read_rows(
     path: Path,  # of JSON lines
 ) -> list[dict]:
-    "The rows of a file of JSON lines, up to the first that is not whole."
+    "The rows of a file of JSON lines; a line that is none is left out."
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try: rows.append(json.loads(line))
-        except ValueError: break
+        try: row = json.loads(line)
+        except ValueError: continue
+        if isinstance(row, dict) and "step" in row: rows.append(row)
     return rows
+
+def read_json(
+    path: Path,
+    kind: type = dict,  # or list
+):  # an empty one where there is no file
+    "What a file of JSON holds."
+    if not path.exists(): return kind()
+    try: found = json.loads(path.read_text())
+    except ValueError: found = None
+    check(isinstance(found, kind), f"{path} is damaged: delete it, then run the same command again")
+    return found
 
 class JsonLines:
     "A file that gets a row at a time, each written out at once."
@@ -638,7 +671,7 @@ def live_curve(
             drawn = time.monotonic()
     return log
 
-# %% ../nbs/05_train.ipynb #73fcdb85
+# %% ../nbs/05_train.ipynb #28fb90ac
 class Trackers:
     "The trackers of `train.track`, on process 0; one that fails is told about once and then left alone."
     def __init__(self,
@@ -656,9 +689,9 @@ class Trackers:
     def start(self, name: str, step: int) -> None:
         "Open the tracker at a step; a run that goes on is the same run to it."
         kept = self.run/"mlflow.json"
-        known = name == "mlflow" and kept.exists()
+        known = name == "mlflow" and "run_id" in (before := read_json(kept))
         if name == "tensorboard": tracker = TensorBoardTracker("tensorboard", self.run, purge_step=step)
-        else: tracker = MLflowTracker("tinytransformer", run_name=self.run.name, run_id=json.loads(kept.read_text())["run_id"] if known else None)
+        else: tracker = MLflowTracker("tinytransformer", run_name=self.run.name, run_id=before["run_id"] if known else None)
         tracker.start()
         if not known: tracker.store_init_configuration(self.config)  # MLflow never lets a setting change; config.yaml, kept at the end, is that of the last start
         if name == "mlflow": write_whole(kept, json.dumps(dict(run_id=tracker.tracker.info.run_id)))
@@ -702,9 +735,7 @@ class Trackers:
         self.each(lambda name, tracker: tracker.finish())
         self.using = {}
 
-# %% ../nbs/05_train.ipynb #4cc9cd2e
-MAY_CHANGE = {"data.data_dir"} | {f"train.{name}" for name in "max_steps micro_batches eval_every patience precision compile skip_non_finite track".split()}
-
+# %% ../nbs/05_train.ipynb #da2860e0
 @contextmanager
 def run_lock(
     run: Path,
@@ -732,41 +763,48 @@ def refuse(
         return
     check(begun, f"there is nothing to resume in {run}: it holds no config.yaml")
     old = read_config(run/"config.yaml")
-    for section, field in [(s, f) for s in ("data", "model", "train") for f in config[s]]:
-        was, value = old.get(section, {}).get(field), config[section][field]
-        check(was == value or f"{section}.{field}" in MAY_CHANGE, f"{run} was begun with {section}.{field} {was}, not {value}: leave it as it was, or start a new run")
-    check(not (run/"summary.json").exists() or old["train"] != config["train"], f"{run} is complete, nothing is left to do: give a larger --train.max_steps to go on")
+    unchanged(run, old, config)
+    done = read_json(run/"summary.json").get("steps")
+    if done is None: return
+    early, new = done < old["train"]["max_steps"], config["train"]  # early: patience ended it
+    check(new["max_steps"] > done and not (early and new["patience"] == old["train"]["patience"]),
+          f"{run} is complete after {done} steps, nothing is left to do: to go on, give a larger --train.max_steps" + (", and a larger --train.patience, which ended it" if early else ""))
 
-# %% ../nbs/05_train.ipynb #4c9520a5
+
+
+# %% ../nbs/05_train.ipynb #c637d27a
 @contextmanager
 def explained(
     run: Path,
 ) -> Iterator[None]:
     "Say in one line what ended a training, and how to go on."
-    again = f"`tinytransformer train --resume {run}`"
+    again = f"`tinytransformer train --resume {shlex.quote(str(run))}`"
     try: yield
     except Diverged as error:
         last = run/"last/checkpoint.json"
-        kept = f"the last good checkpoint is that of step {json.loads(last.read_text())['step']}, and {again} goes on from it" if last.exists() else "there is no checkpoint before it"
+        kept = f"the last good checkpoint is that of step {read_json(last).get('step')}: to go on from it, add --train.skip_non_finite true to {again}; a lower rate is for a new run" if last.exists() else "there is no checkpoint before it"
         raise InputError(f"{error}; {kept}") from error
-    except OSError as error: raise InputError(f"{run} cannot be written ({error.strerror or error}): put that right, then go on by {again}") from error
+    except OSError as error:
+        way_out = f"put that right, then go on by {again}" if (run/"config.yaml").is_file() else "choose another folder"
+        raise InputError(f"{run} cannot be written ({error.strerror or error}): {way_out}") from error
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"torch.compile does not work here ({reason}): go on by {again[:-1]} --train.compile false`") from error
     except RuntimeError as error:
         if processes().num_processes == 1 or not re.search("gloo|NCCL|[Cc]onnection", str(error)): raise
         raise InputError(f"another process of this training has ended, and this one cannot go on without it: see what it said, then go on by {again}") from error
 
-# %% ../nbs/05_train.ipynb #557dc5d7
+# %% ../nbs/05_train.ipynb #82f29ad4
 def summary(
     corpus: Corpus,
-    rows: list[dict],  # of `fit`
+    steps: int,        # done
+    best: dict,        # the row of the best look at the validation split
 ) -> dict:
     "What a run came to: its lowest validation loss, what that means per token, word and byte, and the floor."
-    looks = [row for row in rows if row.get("val_loss") is not None]
-    check(looks, "no look at the validation split found a finite loss: lower train.learning_rate and train anew")
-    best = min(looks, key=lambda row: row["val_loss"])
-    return dict(steps=rows[-1]["step"], best_step=best["step"], val_loss=best["val_loss"], **perplexities(best["val_loss"], corpus.about["validation"]),
+    return dict(steps=steps, best_step=best["step"], val_loss=best["val_loss"], **perplexities(best["val_loss"], corpus.about["validation"]),
                 floor=corpus.floor("validation"), data=corpus.fingerprint)
 
-# %% ../nbs/05_train.ipynb #d5790a6d
+# %% ../nbs/05_train.ipynb #b1e7511c
 def train_run(
     run: Path,  # its folder: a new or empty one, or with `resume` that of a run already begun
     data: DataConfig,
@@ -792,9 +830,9 @@ def train_run(
     with explained(run), run_lock(run):
         on_main(lambda: refuse(run, config, resume))  # once more, now that nobody else can change it
         here = environment()
-        on_main(lambda: begin(run, config, corpus, here))
         set_seed(train.seed, device_specific=True)  # other dropout on each process
-        checkpoints = Checkpoints(run, dict(config=config, data=corpus.fingerprint, versions=here["versions"], commit=here["commit"]))
+        about = dict(config=config, data=corpus.fingerprint, versions=here["versions"], commit=here["commit"])
+        checkpoints = Checkpoints(run, about, lambda: on_main(lambda: begin(run, config, corpus, here)))
         files = {name: JsonLines(run/f"{name}.jsonl") for name in ("metrics", "samples")}
         def keep(row):
             text = write(net) if math.isfinite(row.get("val_loss", math.nan)) else None  # by every process, should the weights be spread over them
@@ -815,7 +853,7 @@ def train_run(
 
 def begin(run: Path, config: dict, corpus: Corpus, where: dict) -> None:
     "Write what is known before the first step."
-    starts = json.loads((run/"environment.json").read_text()) if (run/"environment.json").exists() else []
+    starts = read_json(run/"environment.json", list)
     write_whole(run/"environment.json", json.dumps([*starts, where], indent=1))
     write_whole(run/"tokenizer.json", corpus.tokenizer.to_str(pretty=True))
     (run/"summary.json").unlink(missing_ok=True)  # of a run that was complete, and is to go on for longer
@@ -823,12 +861,13 @@ def begin(run: Path, config: dict, corpus: Corpus, where: dict) -> None:
 
 def finish(run: Path, corpus: Corpus, trackers: Trackers) -> None:
     "Write what is known after the last step."
-    rows = read_rows(run/"metrics.jsonl")
+    check((run/"best").is_dir(), "no look at the validation split found a finite loss: lower train.learning_rate and train anew")
+    last, best = (read_checkpoint(run/name, state=False).info["metrics"] for name in ("last", "best"))
     picture = io.BytesIO()
-    plot_metrics(rows, corpus.floor("validation")).savefig(picture, dpi=120, bbox_inches="tight")
+    plot_metrics(read_rows(run/"metrics.jsonl"), corpus.floor("validation")).savefig(picture, dpi=120, bbox_inches="tight")
     write_whole(run/"curve.png", picture.getvalue())
-    write_whole(run/"summary.json", json.dumps(summary(corpus, rows), indent=1))
-    trackers.finish(rows[-1]["step"])
+    write_whole(run/"summary.json", json.dumps(summary(corpus, last["step"], best), indent=1))
+    trackers.finish(last["step"])
 
 # %% ../nbs/05_train.ipynb #e62cdedd
 @dataclass
