@@ -86,7 +86,7 @@ def test_diverged(here):
     wild = [*TRAIN, "--train.learning_rate", "1e30", "--train.warmup_steps", "4", "--train.eval_every", "1"]
     said = refusal(*wild, "--folder", "runs/diverged")
     assert re.search(r"training diverged at step \d: loss .*, gradient norm .*, first seen in (the (weight|output|gradient) \S|the loss)", said)
-    assert re.search(r"last good checkpoint is that of step \d, and `tinytransformer train --resume runs/diverged`", said)
+    assert re.search(r"last good checkpoint is that of step \d: to go on from it, add --train.skip_non_finite true to `tinytransformer train --resume runs/diverged`", said)
     assert "diverged" in refusal("train", "--resume", "runs/diverged")  # and again, from there
     assert "no look at the validation split found a finite loss" in refusal("train", "--resume", "runs/diverged", "--train.skip_non_finite", "true")
     rows = [json.loads(line) for line in (here/"runs/diverged/metrics.jsonl").open()]

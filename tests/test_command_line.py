@@ -139,5 +139,4 @@ def test_new_folder_for_each_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for wanted in ("runs/tiny", "runs/tiny-2", "runs/tiny-3"):
         folder = new_folder("tiny")
-        assert folder == Path(wanted)
-        folder.mkdir(parents=True)
+        assert folder == Path(wanted) and folder.is_dir()
