@@ -167,7 +167,7 @@ def learning_rate(
     left = (1 + math.cos(math.pi * done)) / 2 if cfg.schedule == "cosine" else 1 - done
     return cfg.min_learning_rate + (cfg.learning_rate - cfg.min_learning_rate) * left
 
-# %% ../nbs/05_train.ipynb #bf43af63
+# %% ../nbs/05_train.ipynb #27f9d403
 def lr_range_test(
     model: Transformer,     # not changed: a copy is trained
     corpus: Corpus,
@@ -177,12 +177,12 @@ def lr_range_test(
     steps: int = 100,
 ) -> list[dict]:            # learning_rate and loss of each step, up to where the loss is twice its lowest
     "Train with a rate that grows by a constant factor each step (Smith, 2017)."
-    model = copy.deepcopy(model).train()
+    model, device = copy.deepcopy(model).train(), next(model.parameters()).device
     optimizer, rows = make_optimizer(model, cfg), []
     for step, (x, y) in zip(range(steps), batches(Blocks(corpus.streams["train"], model.cfg.seq_len), cfg.batch_size, cfg.seed)):
         rate = lowest * (highest / lowest) ** (step / max(1, steps - 1))
         for group in optimizer.param_groups: group["lr"] = rate
-        loss = next_token_loss(model(x), y)
+        loss = next_token_loss(model(x.to(device)), y.to(device))
         if not loss.isfinite() or rows and loss > 2 * min(row["loss"] for row in rows): break
         rows.append(dict(learning_rate=rate, loss=loss.item()))
         optimizer.zero_grad()
@@ -200,7 +200,7 @@ def plot_lr_range(
     axes.semilogx([row["learning_rate"] for row in rows], [row["loss"] for row in rows])
     axes.axvline(best, color="black", ls=":", label=f"lowest loss, at {best:.1g}")
     axes.axvline(best / 10, color="tab:orange", ls="--", label=f"a tenth of it, {best / 10:.1g}")
-    axes.set(xlabel="learning rate", ylabel="loss (nats per token)", title="range test: a hundred steps, each with a larger rate")
+    axes.set(xlabel="learning rate", ylabel="loss (nats per token)", title=f"range test: {len(rows)} steps, each with a larger rate")
     axes.legend()
     return figure
 
@@ -297,7 +297,7 @@ def make_accelerator(
     if accelerator.is_fsdp2: accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # it would take a tied matrix for two
     return accelerator
 
-# %% ../nbs/05_train.ipynb #83d57ae8
+# %% ../nbs/05_train.ipynb #41e8d938
 def train_step(
     model: nn.Module,                  # prepared by `accelerator`
     optimizer: torch.optim.Optimizer,  # likewise
@@ -306,7 +306,7 @@ def train_step(
     cfg: TrainConfig,
     accelerator: Accelerator,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # loss in nats per token and gradient norm before clipping, both over all processes
-    "Gradients of a batch, averaged and clipped, in place; the caller steps the optimizer."
+    "Put the averaged and clipped gradients of a batch in place; the caller steps the optimizer. Gradients that are not finite are not clipped."
     optimizer.zero_grad()
     total = torch.zeros((), device=accelerator.device)
     share = slice(accelerator.process_index, None, accelerator.num_processes)
@@ -319,7 +319,10 @@ def train_step(
             goal = F.cross_entropy(logits.flatten(0, 1), y.flatten(), label_smoothing=cfg.label_smoothing) if cfg.label_smoothing else loss
             accelerator.backward(goal / len(parts))
         total += loss.detach() / len(parts)
-    return accelerator.reduce(total, "mean"), accelerator.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm                 # where weights are spread over processes, each knows its part
+    if whole.isfinite(): nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)  # otherwise all gradients would be lost, and nobody could say where it began
+    return accelerator.reduce(total, "mean"), whole
 
 # %% ../nbs/05_train.ipynb #e20198ca
 @dataclass
@@ -388,7 +391,7 @@ class Diverged(InputError):
                          "the weights are those of the step before: lower train.learning_rate, warm up for longer, or set train.skip_non_finite")
         self.step, self.where = step, where
 
-# %% ../nbs/05_train.ipynb #8caf04b8
+# %% ../nbs/05_train.ipynb #a69506b0
 def fit(
     model: Transformer,
     corpus: Corpus,
@@ -397,7 +400,7 @@ def fit(
     accelerator: Accelerator | None = None,          # left out, one process on the best device
     checkpoints: "Checkpoints | None" = None,        # where to go on from, and what to go on from later
 ) -> list[dict]:  # the rows: step, epoch, loss, learning_rate, grad_norm, tokens_per_second, memory_mb and, now and then, val_loss
-    "Train `model` in place for `cfg.max_steps` steps; `Diverged` and `Stopped` say where it ended early."
+    "Train `model` in place up to step `cfg.max_steps`, or until `cfg.patience` runs out. Raises `Diverged`; with `checkpoints` also `Stopped`, on Ctrl-C or SIGTERM."
     accelerator = accelerator or make_accelerator(cfg)
     if cfg.compile: model.compile()
     net, optimizer = accelerator.prepare(model.train(), make_optimizer(model, cfg))
@@ -772,7 +775,7 @@ def refuse(
 
 
 
-# %% ../nbs/05_train.ipynb #c637d27a
+# %% ../nbs/05_train.ipynb #d0ef3380
 @contextmanager
 def explained(
     run: Path,
@@ -869,7 +872,7 @@ def finish(run: Path, corpus: Corpus, trackers: Trackers) -> None:
     write_whole(run/"summary.json", json.dumps(summary(corpus, last["step"], best), indent=1))
     trackers.finish(last["step"])
 
-# %% ../nbs/05_train.ipynb #e62cdedd
+# %% ../nbs/05_train.ipynb #b8727c4a
 @dataclass
 class Run:
     "A trained model with all it needs to be used."
@@ -880,7 +883,7 @@ class Run:
     checkpoint: dict  # what `checkpoint.json` says: step, metrics, data, versions
 
     @property
-    def val_loss(self) -> float: return self.checkpoint["metrics"]["val_loss"]
+    def val_loss(self) -> float | None: return self.checkpoint["metrics"].get("val_loss")  # None before the first look
 
 def load_run(
     folder: str | Path,
