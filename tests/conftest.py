@@ -11,7 +11,7 @@ SMALL = ["--data.articles", "60", "--data.vocab_size", "300", "--model.seq_len",
 
 def pytest_addoption(parser):
     parser.addoption("--hub", action="store_true", help="also run the tests that talk to the Hub")
-    parser.addoption("--kills", type=int, default=2, help="how often each of the killing tests kills, at random moments")
+    parser.addoption("--kills", type=int, default=1, help="how often each of the killing tests kills, at random moments")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -353,16 +353,16 @@ def lab(tmp_path_factory):
     "JupyterLab on a free port of this machine: its folder, and its address with a token."
     folder = tmp_path_factory.mktemp("lab")
     with (folder/"log").open("w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.port=0", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=abc", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
+        server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.port=0", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=abc", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
                                   cwd=folder, stderr=log, stdout=log)
-    found = None
-    while not found and server.poll() is None:
+    for _ in range(600):
+        if server.poll() is not None or (found := re.search(r"http://127\.0\.0\.1:\d+", (folder/"log").read_text())): break
         time.sleep(0.1)
-        found = re.search(r"http://127\.0\.0\.1:\d+", (folder/"log").read_text())
     assert found, (folder/"log").read_text()
     yield folder, found[0]
     server.terminate()
-    server.wait()
+    try: server.wait(10)
+    except subprocess.TimeoutExpired: server.kill()
 
 
 def open_notebook(launch, lab, tmp_path, *cells, outputs=()) -> Page:
@@ -378,12 +378,9 @@ def open_notebook(launch, lab, tmp_path, *cells, outputs=()) -> Page:
 
 
 def run_all(page: Page) -> None:
-    "Ask until the kernel has begun: it says that it is idle a moment before it can be reached."
-    begun = page.locator(".jp-InputPrompt", has_text=re.compile(r"\d|\*")).first
-    while not begun.is_visible():
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.locator("li[data-command='runmenu:run-all']").click()
-        page.wait_for_timeout(1500)
+    "As the menu does, once the kernel can be reached."
+    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.connectionStatus === 'connected'", timeout=60_000)
+    page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
 
 
 def test_untrusted_notebook(launch, lab, tmp_path, weights):

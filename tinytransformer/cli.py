@@ -8,7 +8,7 @@ __all__ = ['SECTIONS', 'add_fields', 'make_parser', 'readable_config', 'unfinish
            'evaluate_command', 'generate_command', 'describe', 'state_of', 'runs_command', 'plot_runs', 'one_line',
            'process_name', 'main']
 
-# %% ../nbs/appendix/command_line.ipynb #2e8def80
+# %% ../nbs/appendix/command_line.ipynb #68c02934
 import atexit, io, json, os, re, shlex, signal, sys, time
 from argparse import ArgumentError
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from . import __version__
 from .data import SPLITS, Corpus, DataConfig, InputError, check, prepare, write_whole
-from .generate import SampleConfig, complete
+from .generate import SampleConfig, complete, stream
 from .model import ModelConfig, count_parameters, parameter_formula
 from .train import (Elsewhere, Stopped, TrainConfig, config_file, evaluate, load_run, make_config, on_main, perplexities, processes, read_config, read_json, read_rows,
                                    train_run)
@@ -202,7 +202,7 @@ def train_command(cfg: Namespace) -> None:
     print(f"\n{count_parameters(trained.model):,} parameters, best after {s['best_step']} of {s['steps']} steps: validation loss {s['val_loss']:.3f} nats per token{floor}")
     print(f"perplexity {s['perplexity']:.2f} per token, {s['word_perplexity']:.2f} per word, {s['bits_per_byte']:.3f} bits per byte; everything is kept in {run}")
 
-# %% ../nbs/appendix/command_line.ipynb #16f22bc3
+# %% ../nbs/appendix/command_line.ipynb #0d328f05
 def evaluate_command(cfg: Namespace) -> None:
     "One split, read whole."
     run = load_run(cfg.RUN)
@@ -225,7 +225,9 @@ def generate_command(cfg: Namespace) -> None:
     "Continue a prompt."
     run = load_run(cfg.RUN)
     own = {field: cfg.given[field] for field in SampleConfig.__dataclass_fields__ if field in cfg.given}
-    print(complete(run.model, run.tokenizer, cfg.PROMPT, make_config(SampleConfig, "sample", run.config.get("sample", {}) | own))[0])
+    print(cfg.PROMPT, end="", flush=True)
+    for piece in stream(run.model, run.tokenizer, cfg.PROMPT, make_config(SampleConfig, "sample", run.config.get("sample", {}) | own)): print(piece, end="", flush=True)
+    print()
 
 # %% ../nbs/appendix/command_line.ipynb #af76797b
 def describe(
