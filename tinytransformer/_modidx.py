@@ -336,4 +336,5 @@ d = { 'settings': { 'branch': 'main',
                                        'tinytransformer.train.trained_tiny': ('train.html#trained_tiny', 'tinytransformer/train.py'),
                                        'tinytransformer.train.unchanged': ('train.html#unchanged', 'tinytransformer/train.py'),
                                        'tinytransformer.train.unwrapped': ('train.html#unwrapped', 'tinytransformer/train.py'),
+                                       'tinytransformer.train.whole_model': ('train.html#whole_model', 'tinytransformer/train.py'),
                                        'tinytransformer.train.windows': ('train.html#windows', 'tinytransformer/train.py')}}}

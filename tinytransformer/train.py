@@ -10,7 +10,7 @@ __all__ = ['CONFIGS', 'STOP_SIGNALS', 'WHOLE', 'MAY_CHANGE', 'TrainConfig', 'con
            'set_random_state', 'Elsewhere', 'on_main', 'unwrapped', 'save_checkpoint', 'Checkpoint', 'read_checkpoint',
            'load_weights', 'restore', 'say', 'unchanged', 'Checkpoints', 'environment', 'git_commit', 'read_rows',
            'read_json', 'JsonLines', 'plot_metrics', 'live_curve', 'Trackers', 'run_lock', 'refuse', 'explained',
-           'summary', 'train_run', 'begin', 'finish', 'Run', 'load_run', 'trained_tiny']
+           'summary', 'train_run', 'whole_model', 'begin', 'finish', 'Run', 'load_run', 'trained_tiny']
 
 # %% ../nbs/05_train.ipynb #cad95cc8
 import copy, inspect, io, json, math, os, platform, random, re, shlex, signal, subprocess, sys, threading, time
@@ -838,8 +838,10 @@ def train_run(
         checkpoints = Checkpoints(run, about, lambda: on_main(lambda: begin(run, config, corpus, here)))
         files = {name: JsonLines(run/f"{name}.jsonl") for name in ("metrics", "samples")}
         def keep(row):
-            text = write(net) if math.isfinite(row.get("val_loss", math.nan)) else None  # by every process, should the weights be spread over them
+            look = math.isfinite(row.get("val_loss", math.nan))
+            whole = whole_model(net, accelerator) if look else None  # every process must give its part
             if not accelerator.is_main_process: return
+            text = write(whole) if look else None
             files["metrics"].add(row)
             trackers.log(row)
             if text:
@@ -853,6 +855,14 @@ def train_run(
             for file in files.values(): file.close()
             trackers.close()
     return load_run(run)
+
+def whole_model(model: Transformer, accelerator: Accelerator) -> Transformer:
+    "The model; where its weights are spread over processes a copy that has them all, on the first of them."
+    if not accelerator.is_fsdp2: return model
+    weights = get_model_state_dict(model, options=WHOLE)
+    with torch.random.fork_rng(): copied = Transformer(model.cfg)  # its first weights are drawn, and must not change what dropout draws
+    if weights: load_weights(copied, {name: weights[name] for name, _ in copied.named_parameters()})
+    return copied.eval()
 
 def begin(run: Path, config: dict, corpus: Corpus, where: dict) -> None:
     "Write what is known before the first step."
