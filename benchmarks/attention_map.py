@@ -78,8 +78,9 @@ def main() -> None:
     corpus = prepare(DataConfig(data_dir=str(HERE.parent/"data")))
     peers = ["tinytransformer"]
     for name in ("bertviz", "circuitsvis"):
-        try: peers.append(name if version(name) else name)
+        try: version(name)
         except PackageNotFoundError: print(f"{name} is not installed, and left out")
+        else: peers.append(name)
     rows = []
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as profile:
         context = playwright.chromium.launch_persistent_context(profile, executable_path=shutil.which("chromium"), args=SWITCHES, viewport=dict(width=1200, height=900))

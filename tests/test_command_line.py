@@ -3,7 +3,6 @@ import fcntl, json, os, pty, re, shutil, struct, subprocess, sys, termios
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from conftest import SMALL
 from tinytransformer.cli import main

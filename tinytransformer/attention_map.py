@@ -268,17 +268,18 @@ def silenced(
     off: Sequence[tuple[int, int]],  # (layer, head) of those to switch off
 ) -> Iterator[None]:
     "While the body runs, these heads hand over nothing: zeros in place of their weighted values."
-    def hook(attention, heads):
+    def silence(layer, head):
+        attention = model.blocks[chosen([layer], len(model.blocks), "layer")[0]].attention
+        D = attention.proj.in_features // attention.num_heads
+        chosen([head], attention.num_heads, "head")
         def zero(module, args):  # what the heads hand over, side by side: (B, T, C)
-            x, D = args[0].clone(), args[0].shape[-1] // attention.num_heads
-            for h in heads: x[..., h * D:(h + 1) * D] = 0
+            x = args[0].clone()
+            x[..., head * D:(head + 1) * D] = 0
             return x,
         return attention.proj.register_forward_pre_hook(zero)
     hooks = []
     try:
-        for layer, block in enumerate(model.blocks):
-            heads = chosen([h for l, h in off if l == layer] or None, block.attention.num_heads, "head")
-            if any(l == layer for l, _ in off): hooks.append(hook(block.attention, heads))
+        for layer, head in off: hooks.append(silence(layer, head))
         yield
     finally:
         for h in hooks: h.remove()
@@ -370,7 +371,7 @@ class AttentionExplorer:
     def report(self) -> str:  # HTML
         "Loss and next tokens, beside those with no head off."
         loss, before = (self.look(self.model, self.prompt, tuple(off)).loss for off in (self.off, ()))
-        rows = "".join(f'<tr><td style="text-align:left;font-family:monospace;white-space:pre">{html.escape(text)!s}</td><td>{p:.4f}</td><td>{p - q:+.4f}</td>'
+        rows = "".join(f'<tr><td style="text-align:left;font-family:monospace;white-space:pre">{html.escape(text)}</td><td>{p:.4f}</td><td>{p - q:+.4f}</td>'
                        f'<td style="text-align:left"><div style="width:{200 * p:.0f}px;height:10px;background:#3a78b0"></div></td></tr>' for text, p, q in self.next_tokens())
         change = f", {loss - before:+.3f} against {before:.3f} with all heads" if self.off else ""
         return f"<p>loss {loss:.3f} nats per token{change}</p><table><tr><th>next token</th><th>probability</th><th>change</th><th></th></tr>{rows}</table>"
