@@ -148,7 +148,7 @@ def continuations(
     prompts: list[list[int]],  # B texts of token ids
     cfg: SampleConfig,
 ) -> Iterator[torch.Tensor]:   # (B,) the next token of each row, `max_new_tokens` times
-    "Continue every row, one token at a time."
+    "Continue every row, one token at a time; `InputError` for a prompt that is empty, longer than the context, or has ids outside the vocabulary."
     context, device = model.cfg.seq_len, model.embeddings.token.weight.device
     longest = max(map(len, prompts))
     check(min(map(len, prompts)) >= 1, "the prompt is empty: give at least one token")
@@ -185,7 +185,7 @@ def generate(
     ids: torch.Tensor,  # (B, T) prompts of the same length
     cfg: SampleConfig,
 ) -> torch.Tensor:      # (B, T + max_new_tokens)
-    "Prompts and their continuations."
+    "Prompts and their continuations; raises what `continuations` raises."
     return torch.cat([ids.to(model.embeddings.token.weight.device), *(tokens[:, None] for tokens in continuations(model, ids.tolist(), cfg))], dim=1)
 
 # %% ../nbs/06_generate.ipynb #d89498fb
