@@ -22,6 +22,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+from typing import get_origin
 
 import numpy as np
 import psutil
@@ -121,7 +122,7 @@ def make_config(
     types = {f.name: f.type for f in fields(cls)}
     for name, value in values.items():
         check(name in types, f"{section}.{name} is no setting: give one of {', '.join(types)}")
-        wanted = types[name]
+        wanted = get_origin(types[name]) if get_origin(types[name]) in (list, dict) else types[name]  # what is in them, the class sees to
         fits = isinstance(value, wanted | int if wanted is float else wanted) and isinstance(value, bool) == (wanted is bool)  # Python counts True as an int
         check(fits, f"{section}.{name} is {value!r}: give {getattr(wanted, '__name__', wanted)}")
     return cls(**values)
