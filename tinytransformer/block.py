@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FeedForward', 'Block']
 
-# %% ../nbs/03_block.ipynb #7fc4cd25
+# %% ../nbs/03_block.ipynb #2422a737
 import torch
 from torch import nn
 
 from .attention import MultiHeadAttention
+from .embeddings import Dropout
 
 # %% ../nbs/03_block.ipynb #dd4292a1
 class FeedForward(nn.Sequential):
@@ -19,7 +20,7 @@ class FeedForward(nn.Sequential):
     ):
         super().__init__(nn.Linear(embed_dim, 4 * embed_dim), nn.ReLU(), nn.Linear(4 * embed_dim, embed_dim))
 
-# %% ../nbs/03_block.ipynb #5d14647a
+# %% ../nbs/03_block.ipynb #cd832669
 class Block(nn.Module):
     "A pre-LN Transformer block, (B, T, C) -> (B, T, C) (Xiong et al., 2020)."
     def __init__(self,
@@ -32,7 +33,7 @@ class Block(nn.Module):
         self.attention = MultiHeadAttention(embed_dim, num_heads, dropout)
         self.norm2 = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self,
         x: torch.Tensor,               # (B, T, C)

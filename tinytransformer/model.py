@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INIT_STD', 'ModelConfig', 'init_weights', 'Transformer', 'next_token_loss', 'count_parameters', 'parameter_formula',
-           'flops_per_token']
+           'flops_per_token', 'HeadLoss', 'head_loss']
 
 # %% ../nbs/04_model.ipynb #8824f71f
 import math
@@ -52,7 +52,7 @@ def init_weights(
     if isinstance(module, (nn.Linear, nn.Embedding)): nn.init.normal_(module.weight, std=INIT_STD)
     if isinstance(module, nn.Linear) and module.bias is not None: nn.init.zeros_(module.bias)
 
-# %% ../nbs/04_model.ipynb #3bf839bc
+# %% ../nbs/04_model.ipynb #64f4f416
 class Transformer(nn.Module):
     "A decoder-only Transformer language model (Radford et al., 2019, with ReLU)."
     def __init__(self,
@@ -73,13 +73,15 @@ class Transformer(nn.Module):
     def forward(self,
         x: torch.Tensor,               # (B, T) token ids
         return_weights: bool = False,  # also give the attention weights (num_layers, B, H, T, T)
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # logits (B, T, V)
+        y: torch.Tensor | None = None, # (B, T) the tokens that came next: give the mean loss instead
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # logits (B, T, V), or a scalar
         h, weights = self.embeddings(x), []
         for block in self.blocks:
             if return_weights:
                 h, w = block(h, return_weights=True)
                 weights.append(w)
             else: h = block(h)
+        if y is not None: return head_loss(self.norm(h), self.head.weight, y)
         logits = self.head(self.norm(h))
         return (logits, torch.stack(weights)) if return_weights else logits
 
@@ -115,3 +117,59 @@ def flops_per_token(
     "Multiply-adds of the forward pass, two operations each; every query meets every key, as the plain path computes them."
     V, C, N = cfg.vocab_size, cfg.embed_dim, cfg.num_layers
     return {"attention projections": N * 2 * 4 * C * C, "attention scores and mix": N * 2 * 2 * T * C, "feed-forward": N * 2 * 8 * C * C, "head": 2 * C * V}
+
+# %% ../nbs/04_model.ipynb #01569341
+class HeadLoss(torch.autograd.Function):
+    "Mean next-token loss from the last hidden vectors, some rows at a time; use `head_loss`."
+    ROWS = 512  # at a time: large enough for fast products, small enough not to matter
+
+    @staticmethod
+    def forward(ctx,
+        h: torch.Tensor,       # (N, C)
+        weight: torch.Tensor,  # (V, C) of the head
+        y: torch.Tensor,       # (N,)
+        dtype: torch.dtype,    # of the products
+        learning: bool,        # whether the gradient is wanted
+    ) -> torch.Tensor:         # scalar
+        (N, C), V, W = h.shape, len(weight), weight.to(dtype)
+        room = h.new_empty(min(N, HeadLoss.ROWS), -(-V // 64) * 64, dtype=dtype)[:, :V]                # each row begins at a multiple of 64 numbers
+        exact = room if dtype == torch.float32 or dtype == torch.float64 else torch.empty_like(room, dtype=torch.float32)
+        losses = exact.new_empty(N)
+        if learning: dh, dW = torch.empty_like(h), torch.zeros_like(weight, dtype=exact.dtype)
+        for start in range(0, N, HeadLoss.ROWS):
+            part = slice(start, start + HeadLoss.ROWS)
+            target, n = y[part, None], len(y[part])
+            z = torch.mm(h[part].to(dtype), W.T, out=room[:n])
+            z = exact[:n].copy_(z) if exact is not room else z                                           # (n, V)
+            largest, right = z.amax(dim=1, keepdim=True), z.gather(1, target)
+            p = z.sub_(largest).exp_()
+            total = p.sum(dim=1, keepdim=True)
+            losses[part] = (total.log() + largest - right)[:, 0]                                         # logsumexp less the logit of the token that came
+            if not learning: continue
+            p.div_(total).scatter_add_(1, target, -torch.ones_like(total))
+            p = room[:n].copy_(p) if exact is not room else p
+            dh[part] = p @ W
+            if exact is room: dW.addmm_(p.T, h[part])
+            else: dW += p.T @ h[part].to(dtype)
+        if learning: ctx.save_for_backward(dh, dW)
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled(): raise RuntimeError("head_loss has no second derivative: take next_token_loss of the logits")
+        dh, dW = ctx.saved_tensors
+        return dh * (grad / len(dh)), dW * (grad / len(dh)), None, None, None
+
+@torch.compiler.disable
+def head_loss(
+    h: torch.Tensor,       # (B, T, C) after the last norm
+    weight: torch.Tensor,  # (V, C) of the head
+    y: torch.Tensor,       # (B, T) the tokens that came next; where no gradient is asked for, places with -1 are left out
+) -> torch.Tensor:         # scalar
+    "The mean next-token loss in nats, equal to that of the logits, which are never there all at once."
+    device = h.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+    learning = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    h, y = h.flatten(0, 1), y.flatten()
+    if not learning: h, y = h[y >= 0], y[y >= 0]
+    return HeadLoss.apply(h, weight, y, dtype, learning)

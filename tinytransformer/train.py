@@ -239,10 +239,9 @@ def evaluate(
     for i in tqdm(range(0, len(mine), batch_size), desc="evaluating", unit="batch", leave=False, disable=None if rank == 0 else True):
         ends, counted = map(torch.tensor, zip(*mine[i:i + batch_size]))
         tokens = torch.stack([stream[end - T:end + 1] for end in ends]).long().to(device)        # (B, T + 1)
-        logits = model(tokens[:, :-1])                                                           # (B, T, V)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(-1, T)
         counts = torch.arange(T) >= T - counted[:, None]                                         # (B, T): the last ones of each window
-        total += losses.cpu().double()[counts].sum()
+        loss = model(tokens[:, :-1], y=tokens[:, 1:].masked_fill(~counts.to(device), -1))
+        if counts.any(): total += loss.cpu().double() * counts.sum()                             # if not, the pass is only made because the others make one
     model.train(was_training)
     if world > 1: total = accelerator.reduce(total.to(device)).cpu()
     return total.item() / (len(stream) - 1)
@@ -315,9 +314,10 @@ def train_step(
     for i, (x, y) in enumerate(parts):
         x, y = x.to(accelerator.device), y.to(accelerator.device)
         with accelerator.no_sync(model) if i + 1 < len(parts) else nullcontext():  # processes exchange gradients once, with the last part
-            logits = model(x)                                                      # (B / processes / parts, T, V)
-            loss = next_token_loss(logits, y)
-            goal = F.cross_entropy(logits.flatten(0, 1), y.flatten(), label_smoothing=cfg.label_smoothing) if cfg.label_smoothing else loss
+            if cfg.label_smoothing:
+                logits = model(x)                                                  # (B / processes / parts, T, V)
+                loss, goal = next_token_loss(logits, y), F.cross_entropy(logits.flatten(0, 1), y.flatten(), label_smoothing=cfg.label_smoothing)
+            else: goal = loss = model(x, y=y)                                      # never all the logits at once
             accelerator.backward(goal / len(parts))
         total += loss.detach() / len(parts)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
