@@ -121,7 +121,7 @@ def flops_per_token(
 # %% ../nbs/04_model.ipynb #01569341
 class HeadLoss(torch.autograd.Function):
     "Mean next-token loss from the last hidden vectors, some rows at a time; use `head_loss`."
-    ROWS = 512  # at a time: large enough for fast products, small enough not to matter
+    ROWS = 1024  # at a time: enough for fast products, few enough to be a small part of the memory
 
     @staticmethod
     def forward(ctx,

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CONFIGS', 'STOP_SIGNALS', 'WHOLE', 'MAY_CHANGE', 'TrainConfig', 'config_file', 'read_config', 'make_config',
            'make_optimizer', 'batches', 'learning_rate', 'lr_range_test', 'plot_lr_range', 'windows', 'evaluate',
-           'perplexities', 'first_not_finite', 'on_cpu', 'processes', 'make_accelerator', 'train_step', 'Progress',
-           'Stopped', 'noted_signals', 'agreed', 'memory_mb', 'progress_bar', 'Diverged', 'fit', 'random_state',
-           'set_random_state', 'Elsewhere', 'on_main', 'unwrapped', 'save_checkpoint', 'Checkpoint', 'read_checkpoint',
-           'load_weights', 'restore', 'say', 'unchanged', 'Checkpoints', 'environment', 'git_commit', 'read_rows',
-           'read_json', 'JsonLines', 'plot_metrics', 'live_curve', 'Trackers', 'run_lock', 'refuse', 'explained',
-           'summary', 'train_run', 'whole_model', 'begin', 'finish', 'Run', 'load_run', 'trained_tiny']
+           'perplexities', 'first_not_finite', 'on_cpu', 'processes', 'make_accelerator', 'fast_products', 'train_step',
+           'Progress', 'Stopped', 'noted_signals', 'agreed', 'memory_mb', 'progress_bar', 'Diverged', 'fit',
+           'random_state', 'set_random_state', 'Elsewhere', 'on_main', 'unwrapped', 'save_checkpoint', 'Checkpoint',
+           'read_checkpoint', 'load_weights', 'restore', 'say', 'unchanged', 'Checkpoints', 'environment', 'git_commit',
+           'read_rows', 'read_json', 'JsonLines', 'plot_metrics', 'live_curve', 'Trackers', 'run_lock', 'refuse',
+           'explained', 'summary', 'train_run', 'whole_model', 'begin', 'finish', 'Run', 'load_run', 'trained_tiny']
 
-# %% ../nbs/05_train.ipynb #cad95cc8
+# %% ../nbs/05_train.ipynb #d624e5f1
 import copy, inspect, io, json, math, os, platform, random, re, shlex, signal, subprocess, sys, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -112,7 +112,7 @@ def read_config(
     check(isinstance(sections, dict) and all(isinstance(s, dict) for s in sections.values()), f"{path} is no configuration: give sections such as `model:` with fields below")
     return sections
 
-# %% ../nbs/05_train.ipynb #94facbc5
+# %% ../nbs/05_train.ipynb #76e44d33
 def make_config(
     cls: type,     # one of the configuration dataclasses
     section: str,  # its name in the file
@@ -215,7 +215,7 @@ def windows(
     ends = [*range(min(length, n), n, stride), n]
     return [(end, end - before) for before, end in zip([0, *ends], ends)]
 
-# %% ../nbs/05_train.ipynb #7afb46b4
+# %% ../nbs/05_train.ipynb #a4c1c034
 @torch.no_grad()
 def evaluate(
     model: Transformer,
@@ -297,7 +297,21 @@ def make_accelerator(
     if accelerator.is_fsdp2: accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # it would take a tied matrix for two
     return accelerator
 
-# %% ../nbs/05_train.ipynb #41e8d938
+# %% ../nbs/05_train.ipynb #dcb3afbf
+@contextmanager
+def fast_products() -> Iterator[None]:
+    "Products of float32 matrices on a CPU by the faster library, where that keeps their digits; for the time of the block."
+    before = torch.get_float32_matmul_precision()
+    probe = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    exact = probe.double() @ probe.double()
+    try:
+        if not torch.cuda.is_available():
+            torch.set_float32_matmul_precision("medium")
+            if ((probe @ probe).double() - exact).norm() > 1e-6 * exact.norm(): torch.set_float32_matmul_precision(before)
+        yield
+    finally: torch.set_float32_matmul_precision(before)
+
+# %% ../nbs/05_train.ipynb #dacf9d0c
 def train_step(
     model: nn.Module,                  # prepared by `accelerator`
     optimizer: torch.optim.Optimizer,  # likewise
@@ -808,7 +822,7 @@ def summary(
     return dict(steps=steps, best_step=best["step"], val_loss=best["val_loss"], **perplexities(best["val_loss"], corpus.about["validation"]),
                 floor=corpus.floor("validation"), data=corpus.fingerprint)
 
-# %% ../nbs/05_train.ipynb #b1e7511c
+# %% ../nbs/05_train.ipynb #ca054eae
 def train_run(
     run: Path,  # its folder: a new or empty one, or with `resume` that of a run already begun
     data: DataConfig,
