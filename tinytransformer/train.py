@@ -10,7 +10,8 @@ __all__ = ['CONFIGS', 'STOP_SIGNALS', 'WHOLE', 'MAY_CHANGE', 'TrainConfig', 'con
            'random_state', 'set_random_state', 'Elsewhere', 'on_main', 'unwrapped', 'save_checkpoint', 'Checkpoint',
            'read_checkpoint', 'load_weights', 'restore', 'say', 'unchanged', 'Checkpoints', 'environment', 'git_commit',
            'read_rows', 'read_json', 'JsonLines', 'plot_metrics', 'live_curve', 'Trackers', 'run_lock', 'refuse',
-           'explained', 'summary', 'train_run', 'whole_model', 'begin', 'finish', 'Run', 'load_run', 'trained_tiny']
+           'explained', 'summary', 'train_run', 'opened', 'whole_model', 'begin', 'finish', 'Run', 'load_run',
+           'trained_tiny']
 
 # %% ../nbs/05_train.ipynb #d624e5f1
 import copy, inspect, io, json, math, os, platform, random, re, shlex, signal, subprocess, sys, threading, time
@@ -835,6 +836,9 @@ def train_run(
 ) -> "Run":
     "Prepare, train, and keep everything about it in the folder `run`."
     corpus = prepare(data)
+    given = None
+    if model.from_hf and resume: model = make_config(ModelConfig, "model", read_config(run/"config.yaml")["model"])  # the run has its own weights by now
+    elif model.from_hf: given, model = opened(model)
     model = replace(model, vocab_size=model.vocab_size or corpus.vocab_size)
     check(model.vocab_size == corpus.vocab_size, f"model.vocab_size is {model.vocab_size}, but the tokenizer has {corpus.vocab_size} tokens: leave it out")
     config = {section: asdict(values) for section, values in dict(data=data, model=model, train=train, **others).items()}
@@ -845,6 +849,7 @@ def train_run(
     on_main(lambda: refuse(run, config, resume))
     set_seed(train.seed)
     net = Transformer(model)  # before anything is written, should the memory not suffice
+    if given is not None: net.load_state_dict(given)
     with explained(run), run_lock(run):
         on_main(lambda: refuse(run, config, resume))  # once more, now that nobody else can change it
         here = environment()
@@ -870,6 +875,16 @@ def train_run(
             for file in files.values(): file.close()
             trackers.close()
     return load_run(run)
+
+def opened(
+    model: ModelConfig,  # with a `from_hf`
+) -> tuple[dict, ModelConfig]:  # weights, and the whole shape
+    "What a GPT-2 brings: its weights, with as many of its positions as are asked for, and its shape."
+    source = Transformer.from_hf(model.from_hf)
+    check(model.seq_len <= source.cfg.seq_len, f"model.seq_len is {model.seq_len}, but {model.from_hf} has a context of {source.cfg.seq_len}: give at most that")
+    weights = source.state_dict()
+    weights["embeddings.position.weight"] = weights["embeddings.position.weight"][:model.seq_len]
+    return weights, replace(source.cfg, seq_len=model.seq_len, dropout=model.dropout, from_hf=model.from_hf)
 
 def whole_model(model: Transformer, accelerator: Accelerator) -> Transformer:
     "The model; where its weights are spread over processes a copy that has them all, on the first of them."
