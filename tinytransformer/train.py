@@ -840,7 +840,7 @@ def train_run(
     if model.from_hf and resume: model = make_config(ModelConfig, "model", read_config(run/"config.yaml")["model"])  # the run has its own weights by now
     elif model.from_hf: given, model = opened(model)
     model = replace(model, vocab_size=model.vocab_size or corpus.vocab_size)
-    check(model.vocab_size == corpus.vocab_size, f"model.vocab_size is {model.vocab_size}, but the tokenizer has {corpus.vocab_size} tokens: leave it out")
+    check(model.vocab_size == corpus.vocab_size, f"model.vocab_size is {model.vocab_size}, but the tokenizer has {corpus.vocab_size} tokens: " + (f"take the tokenizer of {model.from_hf}" if model.from_hf else "leave it out"))
     config = {section: asdict(values) for section, values in dict(data=data, model=model, train=train, **others).items()}
     accelerator = make_accelerator(train)
     check(len(corpus.streams["validation"]) > 1, "the validation split has a single token: choose a longer text")
