@@ -7,16 +7,16 @@ __all__ = ['INIT_STD', 'HF_ACTIVATIONS', 'ModelConfig', 'init_weights', 'Transfo
            'parameter_formula', 'flops_per_token', 'HeadLoss', 'head_loss', 'hf_names', 'turned', 'read_hf_config',
            'to_hf']
 
-# %% ../nbs/04_model.ipynb #77fb6cbf
+# %% ../nbs/04_model.ipynb #c87420e7
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
-
-from fastcore.basics import patch
+from torch.utils.checkpoint import checkpoint
 
 from .block import ACTIVATIONS, Block
 from .data import InputError, check
@@ -59,9 +59,11 @@ def init_weights(
     if isinstance(module, (nn.Linear, nn.Embedding)): nn.init.normal_(module.weight, std=INIT_STD)
     if isinstance(module, nn.Linear) and module.bias is not None: nn.init.zeros_(module.bias)
 
-# %% ../nbs/04_model.ipynb #8b868544
+# %% ../nbs/04_model.ipynb #1f33dbf9
 class Transformer(nn.Module):
     "A decoder-only Transformer language model (Radford et al., 2019)."
+    recompute = False  # while training: forget what lies inside the blocks, and compute it again on the way back
+
     def __init__(self,
         cfg: ModelConfig,
     ):
@@ -87,7 +89,7 @@ class Transformer(nn.Module):
             if return_weights:
                 h, w = block(h, return_weights=True)
                 weights.append(w)
-            else: h = block(h)
+            else: h = checkpoint(block, h, use_reentrant=False) if self.recompute and self.training else block(h)
         if y is not None: return head_loss(self.norm(h), self.head.weight, y)
         logits = self.head(self.norm(h))
         return (logits, torch.stack(weights)) if return_weights else logits

@@ -48,7 +48,7 @@ from . import __version__
 from .data import Blocks, Corpus, DataConfig, InputError, check, digest, prepare, whole_folder, write_whole
 from .model import ModelConfig, Transformer, next_token_loss
 
-# %% ../nbs/05_train.ipynb #a329f429
+# %% ../nbs/05_train.ipynb #f54aa961
 @dataclass
 class TrainConfig:
     "How the model is trained."
@@ -68,6 +68,7 @@ class TrainConfig:
     eval_every: int = 200         # steps between looks at the validation split, each followed by a checkpoint
     patience: int | None = None   # looks without a lower validation loss after which training stops
     precision: str = "auto"       # fp32, bf16 for products, or auto: bf16 on a GPU that has it
+    recompute: bool = False       # forget what lies inside the blocks, and compute it again on the way back: less memory, more work
     compile: bool = False         # let torch.compile fuse the model's operations; the first steps wait for it
     skip_non_finite: bool = False # leave out a step whose loss or gradient is no finite number, instead of stopping there
     track: str | None = None      # tensorboard, mlflow, or both with a comma between
@@ -407,7 +408,7 @@ class Diverged(InputError):
                          "the weights are those of the step before: lower train.learning_rate, warm up for longer, or set train.skip_non_finite")
         self.step, self.where = step, where
 
-# %% ../nbs/05_train.ipynb #a69506b0
+# %% ../nbs/05_train.ipynb #8927b0db
 def fit(
     model: Transformer,
     corpus: Corpus,
@@ -418,6 +419,7 @@ def fit(
 ) -> list[dict]:  # the rows: step, epoch, loss, learning_rate, grad_norm, tokens_per_second, memory_mb and, now and then, val_loss
     "Train `model` in place up to step `cfg.max_steps`, or until `cfg.patience` runs out. Raises `Diverged`; with `checkpoints` also `Stopped`, on Ctrl-C or SIGTERM."
     accelerator = accelerator or make_accelerator(cfg)
+    model.recompute = cfg.recompute
     if cfg.compile: model.compile()
     net, optimizer = accelerator.prepare(model.train(), make_optimizer(model, cfg))
     at = checkpoints.load(model, optimizer) if checkpoints else Progress()
@@ -823,7 +825,7 @@ def summary(
     return dict(steps=steps, best_step=best["step"], val_loss=best["val_loss"], **perplexities(best["val_loss"], corpus.about["validation"]),
                 floor=corpus.floor("validation"), data=corpus.fingerprint)
 
-# %% ../nbs/05_train.ipynb #ca054eae
+# %% ../nbs/05_train.ipynb #b572b3c9
 def train_run(
     run: Path,  # its folder: a new or empty one, or with `resume` that of a run already begun
     data: DataConfig,
