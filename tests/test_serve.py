@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx, openai, pytest, schemathesis, torch, uvicorn
+from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT, SMALL
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from openai import OpenAI
+from playwright.sync_api import Error, sync_playwright
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 from tinytransformer.cli import main
@@ -64,7 +66,7 @@ def client(served): return OpenAI(base_url=f"{served.url}/v1", api_key="none", m
 def in_thread(run, cfg):
     "The server in a thread of this process, so that a test can reach into it: its address, and its decoder."
     app, place = make_app(run, cfg), socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, kwargs=dict(sockets=[place]))
     thread.start()
     try: yield f"http://127.0.0.1:{place.getsockname()[1]}", app.state.decoder
@@ -472,3 +474,168 @@ def test_as_described(described, name, mode):
     try: ask()
     except Unsatisfiable: assert mode == GenerationMode.NEGATIVE and name.startswith("GET")  # where nothing is asked for, nothing can be wrong
     if name == "POST /v1/completions": assert len(tried) >= 50 and (mode == GenerationMode.POSITIVE or set(tried) == {400})
+
+
+# --- the page, in a real browser
+
+
+SWITCHES = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        try: browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=SWITCHES)
+        except Error as error:
+            if "Executable doesn't exist" not in str(error): raise
+            pytest.skip("needs a browser: install Debian's chromium, or run `playwright install chromium`")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser):
+    "Opens the page of a server; afterwards nothing may have been asked of another, and nothing may have gone wrong."
+    contexts, asked, wrong, homes, expected = [], [], [], [], []
+    def open_page(url, refusals=(), **options):
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        homes.append(url)
+        expected.extend(refusals)
+        page.on("request", lambda r: asked.append(r.url) if not r.url.startswith((*homes, "data:", "blob:")) else None)
+        page.on("pageerror", lambda e: wrong.append(str(e)))
+        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" and not any(f"status of {status}" in m.text for status in expected) else None)
+        page.goto(url)
+        page.locator("html[data-ready]").wait_for()
+        return page
+    yield open_page
+    for context in contexts: context.close()
+    assert not asked and not wrong, (asked, wrong)
+
+
+def write(page, prompt=None, **knobs):
+    "Fill in what is given, press the button, wait for the end: what was written."
+    if prompt is not None: page.get_by_label("Prompt").fill(prompt)
+    for name, value in knobs.items(): page.locator(f"[name={name}]").fill(str(value))
+    page.get_by_role("button", name="Write").click()
+    page.locator("#said", has_text="ended by").wait_for()
+    return page.locator("#tokens").evaluate("node => node.textContent")
+
+
+def test_page_writes(visit, served, client):
+    "What the knobs say is what is asked for."
+    page = visit(served.url)
+    page.locator("#model", has_text="small").wait_for()
+    said = dict(temperature=0.8, top_p=0.9, min_p=0.05, top_k=40, max_tokens=30, seed=11)
+    wanted = client.completions.create(model="small", prompt=" = The", **{k: v for k, v in said.items() if k not in ("min_p", "top_k")}, extra_body=dict(min_p=0.05, top_k=40)).choices[0].text
+    assert write(page, **said) == wanted and page.locator("[name=temperature]").evaluate("node => node.previousElementSibling.textContent") == "0.8"
+    assert write(page, **said | dict(seed=12)) != wanted
+
+
+def test_page_streams(visit, run, monkeypatch):
+    "Tokens can be seen while others are still to come; Stop gives the place back."
+    slow(monkeypatch, 0.05)
+    with in_thread(run, ServeConfig(rows=1, queue=0)) as (url, decoder):
+        page = visit(url)
+        page.locator("[name=max_tokens]").fill("400")
+        page.get_by_role("button", name="Write").click()
+        page.locator("[role=option]").nth(3).wait_for()
+        assert decoder.running and page.locator("#said").inner_text() == "writing \u2026"
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_text("stopped").wait_for()
+        until(lambda: decoder.free == 1 and not decoder.running, 2)
+        page.close()
+
+
+def test_page_probabilities(visit, served, client):
+    "Of each token, pointed at or gone to with the keys: those of the API."
+    page = visit(served.url)
+    write(page, seed=4, max_tokens=12, temperature=1)
+    told = client.completions.create(model="small", prompt=" = The", seed=4, max_tokens=12, logprobs=5).choices[0].logprobs
+    options = page.locator("[role=option]")
+    counts = [node.evaluate("node => node.logprobs.tokens.length") for node in options.all()]
+    assert sum(counts) == 12
+    def shares(): return page.locator("#token td:nth-child(2)").all_inner_texts()
+    def wanted(place):
+        values = [sorted(told.top_logprobs[t].values(), reverse=True) for t in range(sum(counts[:place]), sum(counts[:place + 1]))]
+        return [2.718281828 ** p * 100 for group in values for p in group]
+    options.nth(2).hover()
+    assert [float(s.split()[0]) for s in shares()] == pytest.approx(wanted(2), rel=0.06, abs=0.06)
+    page.locator("#tokens").focus()
+    for key, place in [("Home", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", len(counts) - 1), ("ArrowRight", len(counts) - 1)]:
+        page.keyboard.press(key)
+        assert options.nth(place).get_attribute("aria-selected") == "true" and page.locator("[aria-selected=true]").count() == 1
+        assert [float(s.split()[0]) for s in shares()] == pytest.approx(wanted(place), rel=0.06, abs=0.06)
+
+
+def test_page_draws_the_map(visit, served, run):
+    page = visit(served.url)
+    text = " = The" + write(page, seed=4, max_tokens=12, temperature=0.3)
+    page.get_by_role("button", name="Attention map").click()
+    page.locator("#map [data-ready]").wait_for()
+    tokens = page.evaluate("document.querySelector('#map [data-ready]').attentionMap.tokens")
+    assert len(tokens) == len(run.tokenizer.encode(text).ids) and page.locator("#map canvas.heat").is_visible()
+    write(page)
+    assert page.locator("#map > *").count() == 0  # it belonged to another text
+
+
+def test_page_by_keyboard(visit, served):
+    "From the prompt to the text and its tokens without a mouse, and one sees where one is."
+    page = visit(served.url)
+    page.get_by_label("Prompt").focus()
+    page.keyboard.press("End")
+    page.keyboard.type(" cat")
+    visited = []
+    for _ in range(7):
+        page.keyboard.press("Tab")
+        visited.append(page.evaluate("document.activeElement.name || document.activeElement.textContent"))
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    assert visited == ["temperature", "top_p", "min_p", "top_k", "max_tokens", "seed", "Write"]
+    page.keyboard.press("Enter")
+    page.locator("#said", has_text="ended by").wait_for()
+    for _ in range(2): page.keyboard.press("Tab")
+    page.keyboard.press("Tab") if page.evaluate("document.activeElement.id") != "tokens" else None
+    assert page.evaluate("document.activeElement.id") == "tokens" and page.locator("#token table").count() >= 1
+
+
+def test_page_never_runs_what_it_shows(visit, served):
+    page = visit(served.url)
+    nasty = "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'></textarea>"
+    write(page, nasty, max_tokens=5)
+    page.get_by_role("button", name="Attention map").click()
+    page.locator("#map [data-ready]").wait_for()
+    assert page.locator("#prompted").inner_text() == nasty and page.evaluate("window.ran") is None and page.locator("#text img, #text script").count() == 0
+    policy = httpx.get(served.url).headers["content-security-policy"]
+    assert "script-src 'self';" in policy and "default-src 'none'" in policy and "unsafe-eval" not in policy
+
+
+def test_page_says_what_is_wrong(visit, served):
+    page = visit(served.url, refusals=[400])
+    page.locator("[name=max_tokens]").fill("100000")
+    page.get_by_role("button", name="Write").click()
+    page.locator("#said.wrong", has_text="more than the 4096").wait_for()
+    assert page.get_by_role("button", name="Write").is_enabled()
+
+
+def test_page_asks_for_the_key(visit, run):
+    with in_thread(run, ServeConfig(key="k3y")) as (url, _):
+        page = visit(url, refusals=[401])
+        page.get_by_label("Key of this server").fill("k3y")
+        page.keyboard.press("Tab")
+        page.locator("#model", has_text="small").wait_for()
+        assert write(page, max_tokens=5)
+        page.close()
+
+
+@pytest.mark.parametrize("media", [dict(color_scheme="light"), dict(color_scheme="dark"), dict(viewport=dict(width=360, height=740))], ids=str)
+def test_page_is_accessible(visit, served, media):
+    page = visit(served.url, **media)
+    write(page, max_tokens=40)
+    page.locator("[role=option]").nth(3).hover()
+    page.get_by_role("button", name="Attention map").click()
+    page.locator("#map [data-ready]").wait_for()
+    found = [f"{v['id']}: {v['nodes'][0]['html'][:200]}" for v in Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")]
+    assert not found, found
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    paper = [int(c) for c in re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))]
+    assert max(paper) < 40 if media.get("color_scheme") == "dark" else min(paper) > 240
