@@ -298,7 +298,7 @@ def test_refused_at_the_start(folder, tmp_path, capsys, monkeypatch):
     assert "no checkpoint" in refusal(capsys, tmp_path/"bare")
     with socket.create_server(("127.0.0.1", 0)) as taken: assert "cannot listen at 127.0.0.1, port" in refusal(capsys, folder, "--port", taken.getsockname()[1])
     assert "port" in refusal(capsys, folder, "--port", "70000") and "rows" in refusal(capsys, folder, "--rows", "0")
-    assert "int" in refusal(capsys, folder, "--port", "many")
+    assert "port is 'many': give int" in refusal(capsys, folder, "--port", "many")
     refusal(capsys, folder, "--key", "s3cret")  # it would be seen in the list of processes
     (tmp_path/"serve.yaml").write_text("serve: {prot: 80}")
     assert "serve.prot is no setting" in refusal(capsys, folder, "--config", tmp_path/"serve.yaml")

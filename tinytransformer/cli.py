@@ -335,9 +335,9 @@ def one_line(
     if isinstance(error, OSError) and error.strerror: return (f"{error.strerror}: {error.filename}" if error.filename else error.strerror) + "; put that right, then run the same command again"
     text = " ".join(str(error).split())
     wrong_type = re.match(r'Parser key "(?P<key>\S+)": .*(?:Got|Given) value: ?(?P<value>.*)$', text)
-    if not wrong_type: return re.sub(r"^argument |(evaluate|generate|compare)\.(?=RUN|PROMPT)", "", text)
+    if not wrong_type: return re.sub(r"^argument |(evaluate|generate|compare|serve)\.(?=RUN|PROMPT)", "", text)
     section, _, field = wrong_type["key"].rpartition(".")
-    wanted = SECTIONS.get(section, SampleConfig).__annotations__.get(field, int if field == "stride" else None)
+    wanted = SECTIONS.get(section, SampleConfig).__annotations__.get(field, int if field == "stride" else None) or (named := re.search(r"Expected a <class '(\w+)'>", text)) and named[1]
     return f"{wrong_type['key']} is {wrong_type['value']!r}: give {wanted.__name__ if isinstance(wanted, type) else wanted}" if wanted else text
 
 def process_name() -> str:

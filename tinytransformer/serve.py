@@ -643,7 +643,7 @@ def make_app(
     app.include_router(api)
     return app
 
-# %% ../nbs/appendix/serve.ipynb #ba79e85d
+# %% ../nbs/appendix/serve.ipynb #a98d2b44
 class Server(uvicorn.Server):
     "Ends what is being written before it ends."
     def __init__(self, app: FastAPI, cfg: ServeConfig):
@@ -658,8 +658,10 @@ def listen(
     cfg: ServeConfig,
 ) -> socket.socket:
     "A socket at the address of the settings; `InputError` if it cannot be had."
-    try: return socket.create_server((cfg.host, cfg.port), family=socket.AF_INET6 if ":" in cfg.host else socket.AF_INET)
-    except OSError as error: raise InputError(f"cannot listen at {cfg.host}, port {cfg.port}: {error.strerror}; give another --port or --host") from error
+    try: place = socket.create_server((cfg.host, cfg.port), family=socket.AF_INET6 if ":" in cfg.host else socket.AF_INET)
+    except OSError as error: raise InputError(f"cannot listen at {cfg.host}, port {cfg.port}: {str(error.strerror).split(' (')[0]}; give another --port or --host") from error
+    place.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # each token is sent at once; else TCP keeps it back for up to 40 ms to send more with it
+    return place
 
 def serve(
     run: Run,
