@@ -58,7 +58,7 @@ def main() -> None:
             url, memory = re.search(r"http://\S+", server.stdout.readline())[0], psutil.Process(server.pid).memory_info
             idle = memory().rss
             found = asyncio.run(measure(url, expected(run, clients), max(args.rounds, 64 // clients)))
-            rows.append(dict(clients=clients, rows=together, **{name: round(float(value), 2) for name, value in found.items()}, idle_megabytes=round(idle / 1e6), megabytes=round(memory().rss / 1e6)))
+            rows.append(dict(clients=clients, rows=together, **{name: value if isinstance(value, int) else round(float(value), 2) for name, value in found.items()}, idle_megabytes=round(idle / 1e6), megabytes=round(memory().rss / 1e6)))
         finally: server.terminate()
         assert server.wait(60) == 0
         print(json.dumps(rows[-1]), flush=True)

@@ -189,6 +189,7 @@ def test_only_read(client, run):
     got = client.completions.create(model="small", prompt=[" = The", " He"], max_tokens=0, echo=True, logprobs=0)
     assert [c.text for c in got.choices] == [" = The", " He"] and got.usage.completion_tokens == 0 and {c.finish_reason for c in got.choices} == {"length"}
     assert client.completions.create(model="small", prompt="x", max_tokens=0, echo=True).choices[0].logprobs is None
+    assert client.completions.create(model="small", prompt="x", max_tokens=0, echo=True, best_of=3).choices[0].text == "x"
 
 
 def test_best_of(client):
@@ -310,6 +311,19 @@ def test_pickled_weights_are_not_read(folder, tmp_path, capsys):
     assert "model.safetensors" in refusal(capsys, tmp_path/"run")
 
 
+def test_help(capsys):
+    with pytest.raises(SystemExit): main(["serve", "--help"])
+    said = capsys.readouterr().out
+    assert "--port" in said and "texts that are written together" in " ".join(said.split()) and "--key" not in said
+
+
+def test_interrupted(folder):
+    "Ctrl-C is the usual way to stop it, and no error."
+    served = Served(folder)
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(20) == 0 and served.process.stderr.read() == ""
+
+
 def test_without_the_extra(folder, capsys):
     "Other commands work, and serve says what to install."
     code = "import sys; sys.modules['fastapi'] = None; from tinytransformer.cli import main; main(sys.argv[1:])"
@@ -396,6 +410,20 @@ def test_a_step_that_fails(run, monkeypatch, streamed, caplog):
                 for _ in OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0).completions.create(model="small", prompt="a", stream=True): pass
         assert "secret" in caplog.text and decoder.free == 80
         assert httpx.post(f"{url}/v1/completions", json=dict(model="small", prompt="a")).status_code == 200
+
+
+def test_a_fault_between_steps(run, monkeypatch, caplog):
+    "One hangs up, and letting it go fails: the other gets an error, and the place of both is free."
+    slow(monkeypatch)
+    ask = dict(model="small", prompt="a", max_tokens=400)
+    with in_thread(run, ServeConfig(rows=2, queue=0)) as (url, decoder), ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: httpx.post(f"{url}/v1/completions", json=ask, timeout=20))
+        until(lambda: decoder.running)
+        monkeypatch.setattr(decoder.batch, "remove", lambda row: 1 / 0)
+        with pytest.raises(httpx.ReadTimeout): httpx.post(f"{url}/v1/completions", json=ask, timeout=0.3)
+        assert other.result().status_code == 500
+        until(lambda: decoder.free == 2)
+        assert httpx.post(f"{url}/v1/completions", json=ask | dict(max_tokens=2)).status_code == 200
 
 
 def test_a_fault_outside_the_loop(run, monkeypatch, caplog):

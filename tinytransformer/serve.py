@@ -183,7 +183,7 @@ def what_is_wrong(
     said = "; or ".join(dict.fromkeys(e["msg"] for e in errors if e["loc"][1:2] == where))  # a field of several forms has an error for each
     return Refused(400, f"{name or 'the body'}: {said}"[:500].encode("ascii", "replace").decode(), name)
 
-# %% ../nbs/appendix/serve.ipynb #4d565534
+# %% ../nbs/appendix/serve.ipynb #5f2d205d
 @dataclass(eq=False)
 class Choice:
     "One text that is asked for."
@@ -196,8 +196,8 @@ class Choice:
     row: Row | None = None     # its place in the batch
     gone: bool = False         # nobody waits for it any more
     written: int = 0           # tokens
-    seen: float = field(default_factory=time.monotonic)                # when it came, and later when its last token did
-    heard: asyncio.Queue = field(default_factory=asyncio.Queue)        # where its pieces go
+    seen: float = field(default_factory=time.monotonic)    # when it came, and later when its last token did
+    heard: asyncio.Queue | None = None                     # where its pieces go
 
 @dataclass
 class Piece:
@@ -239,7 +239,7 @@ class Numbers:
         self.first = prometheus.Histogram("tinytransformer_first_token_seconds", "From the request to its first token", buckets=times, registry=self.registry)
         self.next = prometheus.Histogram("tinytransformer_next_token_seconds", "From a token to the next", buckets=times, registry=self.registry)
 
-# %% ../nbs/appendix/serve.ipynb #027c79f4
+# %% ../nbs/appendix/serve.ipynb #041d5669
 log = logging.getLogger("tinytransformer")
 
 class Decoder:
@@ -266,7 +266,7 @@ class Decoder:
 
     def close(self) -> None:
         "Take in nobody, and let what is being written end in time."
-        self.deadline = time.monotonic() + self.cfg.shutdown_seconds
+        self.deadline = min(self.deadline, time.monotonic() + self.cfg.shutdown_seconds)
         self.closing = True
 
     def stop(self) -> None:
@@ -322,10 +322,17 @@ class Decoder:
                 if not future.set_running_or_notify_cancel(): continue
                 try: future.set_result(action())
                 except Exception as error: future.set_exception(error)
-            told = self.let_go()
-            while self.waiting and len(self.batch.rows) < self.cfg.rows: told += self.begin(self.waiting.popleft())
-            if self.batch.rows: told += self.step()
+            told = []
+            try:
+                for part in (self.let_go, self.take_in, self.step): told += part()
+            except Exception: told += self.start_over()
             self.loop.call_soon_threadsafe(self.hand_out, told)
+
+    def start_over(self) -> list[tuple[Choice, Exception]]:
+        "After a fault nobody knows what the batch holds: an empty one, and an error for all who were in it."
+        lost, self.running, self.batch = list(self.running.values()), {}, self.empty_batch()
+        error = self.broken("a step")
+        return [(choice, error) for choice in lost]
 
     def let_go(self) -> list[tuple[Choice, Exception]]:
         "Those whose client hung up, and at the end those for whom there is no time."
@@ -336,6 +343,12 @@ class Decoder:
             else: self.waiting.remove(choice)
         self.running = {row: choice for row, choice in self.running.items() if choice not in leaving}
         return [(choice, Refused(503, "the server is about to stop: try another, or later", code="shutting_down")) for choice in leaving]
+
+    def take_in(self) -> list[tuple[Choice, Piece | Exception]]:
+        "As many of those who wait as there is room for."
+        told = []
+        while self.waiting and len(self.batch.rows) < self.cfg.rows: told += self.begin(self.waiting.popleft())
+        return told
 
     def begin(self, choice: Choice) -> list[tuple[Choice, Piece | Exception]]:
         "Read a prompt, and find it a row; what there is to say at once."
@@ -351,10 +364,7 @@ class Decoder:
 
     def step(self) -> list[tuple[Choice, Piece | Exception]]:
         "A token for everyone."
-        try: written = self.batch.step()
-        except Exception:
-            lost, self.running, self.batch = list(self.running.values()), {}, self.empty_batch()
-            return [(choice, self.broken("a step")) for choice in lost]
+        written = self.batch.step() if self.batch.rows else []
         told = [(self.running.pop(w.row) if w.row.reason else self.running[w.row], w) for w in written]
         return [(choice, Piece(choice.index, w.piece, [w.id], [w.logprob], [w.top], w.row.reason)) for choice, w in told]
 
@@ -438,7 +448,7 @@ def choices_of(
     top = 0 if body.logprobs is None and each > body.n else body.logprobs  # the best of several are found by their log-probabilities
     return [Choice(k, ids, text, sample if body.max_tokens else None, top, body.echo) for k, (ids, text) in enumerate(prompt for prompt in prompts for _ in range(each))]
 
-# %% ../nbs/appendix/serve.ipynb #11e2f764
+# %% ../nbs/appendix/serve.ipynb #1b8cd4ce
 class Writer:
     "The answer to one request, whole or as a stream."
     def __init__(self, decoder: Decoder, name: str, body: CompletionRequest, prompts: list[tuple[list[int], str]]):
@@ -471,8 +481,8 @@ class Writer:
         return self.completion([self.choice(piece, k) for k, piece in enumerate(best)], self.usage())
 
     def mean_logprob(self, piece: Piece) -> float:
-        own = piece.logprobs[-self.choices[piece.index].written:]
-        return sum(own) / len(own)
+        n = self.choices[piece.index].written
+        return sum(piece.logprobs[-n:]) / n if n else 0.0
 
     async def stream(self) -> AsyncIterator[str]:
         "Events, as soon as there is text; after them the usage, if it was asked for."
@@ -643,7 +653,7 @@ def make_app(
     app.include_router(api)
     return app
 
-# %% ../nbs/appendix/serve.ipynb #a98d2b44
+# %% ../nbs/appendix/serve.ipynb #3c2ab7a9
 class Server(uvicorn.Server):
     "Ends what is being written before it ends."
     def __init__(self, app: FastAPI, cfg: ServeConfig):
@@ -670,7 +680,8 @@ def serve(
     "Answer until SIGTERM or Ctrl-C; `InputError` if the address cannot be had."
     place = listen(cfg)
     if torch.cuda.is_available(): run.model.cuda()
-    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda *_: None)  # uvicorn raises it once more when it is done
+    server = Server(make_app(run, cfg), cfg)
+    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, server.handle_exit)  # uvicorn's own are there only while it runs, and it raises the signal once more when it is done
     host, port = place.getsockname()[:2]
     print(f"serving {run.folder.resolve().name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    Server(make_app(run, cfg), cfg).run(sockets=[place])
+    server.run(sockets=[place])
