@@ -392,6 +392,24 @@ def test_hanging_up(run, monkeypatch, streamed, where):
         assert httpx.post(f"{url}/v1/completions", json=ask | dict(max_tokens=2)).status_code == 200
 
 
+def test_some_stay_and_some_go(run, monkeypatch):
+    "Hang-ups at all moments: those who stay get what is theirs, and every place comes back."
+    slow(monkeypatch, 0.002)
+    wanted = [complete(run.model, run.tokenizer, "a", SampleConfig(max_new_tokens=60, seed=k))[0] for k in range(8)]
+    def ask(url, k):
+        body = dict(model="small", prompt="a", max_tokens=60, seed=k % 8, stream=k % 2 == 0, echo=True)
+        if k % 3: # goes, while it waits or while it is being written
+            with contextlib.suppress(httpx.TimeoutException), httpx.Client() as client: client.post(f"{url}/v1/completions", json=body | dict(n=2), timeout=0.01 * (k % 17 + 1))
+            return True
+        text = httpx.post(f"{url}/v1/completions", json=body, timeout=60).text
+        parts = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")] or [json.loads(text)]
+        return "".join(part["choices"][0]["text"] for part in parts) == wanted[k % 8]
+    with in_thread(run, ServeConfig(rows=4, queue=40)) as (url, decoder), ThreadPoolExecutor(12) as pool:
+        assert all(pool.map(lambda k: ask(url, k), range(90)))
+        until(lambda: decoder.free == 44)
+        assert not decoder.running and not decoder.waiting and not decoder.batch.rows
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_step_that_fails(run, monkeypatch, streamed, caplog):
     "Those in the batch get an error without its innards; the log has them; the next is served."
