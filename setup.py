@@ -22,9 +22,9 @@ setup(
     license="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
-    package_data={cfg["lib_name"]: ["configs/*.yaml", "*.js"]},
+    package_data={cfg["lib_name"]: ["configs/*.yaml", "*.js", "*.html"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("live", "track", "dev")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("live", "track", "serve", "dev")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     classifiers=["Development Status :: 3 - Alpha", f"Intended Audience :: {cfg['audience']}", f"Natural Language :: {cfg['language']}", "Programming Language :: Python :: 3"],
 )

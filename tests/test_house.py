@@ -88,9 +88,9 @@ def required(names: list[str]) -> set[str]:
 
 
 def test_every_installed_version_is_pinned():
-    "constraints.txt names each package that an installation with [dev,track] brings, and the version that is here."
+    "constraints.txt names each package that an installation with [dev,track,serve] brings, and the version that is here."
     pins = dict(line.split("==") for line in (ROOT/"constraints.txt").read_text().split() if "==" in line)
-    needed = required(["tinytransformer[dev,track]"]) - {"tinytransformer"}
+    needed = required(["tinytransformer[dev,track,serve]"]) - {"tinytransformer"}
     assert {"torch", "nbdev", "pytest"} <= needed
     assert needed <= pins.keys(), f"not pinned: {sorted(needed - pins.keys())}"
     versions = {name: distribution(name).version.split("+")[0] for name in needed}
