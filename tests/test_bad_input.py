@@ -22,8 +22,8 @@ TRAIN = ["train", "--config", "tiny", *SMALL]
 
 
 @pytest.mark.parametrize("args, said", [
-    ("", "prepare,train,evaluate,generate,runs"),
-    ("trian", "'trian'"),
+    ("", "a command is missing: give one of prepare, train, evaluate"),
+    ("trian", "there is no command 'trian'"),
     ("train", "--config is missing"),
     ("train --config nope", "no configuration 'nope': give tiny, wikitext2"),
     ("train --config tiny --model.num_layer 3", "--model.num_layer"),

@@ -8,7 +8,7 @@ __all__ = ['SECTIONS', 'add_fields', 'make_parser', 'readable_config', 'unfinish
            'evaluate_command', 'generate_command', 'sample_config', 'export_command', 'compare_command', 'serve_config',
            'serve_command', 'describe', 'state_of', 'runs_command', 'plot_runs', 'one_line', 'process_name', 'main']
 
-# %% ../nbs/appendix/command_line.ipynb #68c02934
+# %% ../nbs/appendix/command_line.ipynb #1c551088
 import atexit, io, json, os, re, shlex, signal, sys, time
 from argparse import ArgumentError
 from collections.abc import Callable
@@ -23,13 +23,14 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from matplotlib.figure import Figure
 
 from . import __version__
+from .__main__ import COMMANDS
 from .data import SPLITS, Corpus, DataConfig, InputError, check, prepare, write_whole
 from .generate import SampleConfig, compare, complete, stream
 from .model import ModelConfig, count_parameters, parameter_formula
-from .train import (Elsewhere, Run, Stopped, TrainConfig, config_file, evaluate, load_run, make_config, on_main, perplexities, processes, read_config, read_json, read_rows,
+from .train import (Elsewhere, Run, Stopped, TrainConfig, config_file, evaluate, fast_products, load_run, make_config, on_main, perplexities, processes, read_config, read_json, read_rows,
                                    train_run)
 
-# %% ../nbs/appendix/command_line.ipynb #975d3f48
+# %% ../nbs/appendix/command_line.ipynb #80320584
 SECTIONS = dict(data=DataConfig, model=ModelConfig, train=TrainConfig, sample=SampleConfig)
 
 def add_fields(
@@ -45,7 +46,7 @@ def add_fields(
         field = action.dest.removeprefix(f"{section}." if section else "")
         if field in meaning: action.help = meaning[field]
 
-# %% ../nbs/appendix/command_line.ipynb #2c27e580
+# %% ../nbs/appendix/command_line.ipynb #a83a2ffd
 def make_parser(
     serving: bool = False,  # with the options of serve, whose packages need not be installed for the rest
 ) -> ArgumentParser:
@@ -93,7 +94,7 @@ def make_parser(
     for name, sub in dict(prepare=prepare, train=train, evaluate=evaluate, generate=generate, compare=compare, export=export, runs=runs, serve=serve).items(): commands.add_subcommand(name, sub, help=sub.description)
     return parser
 
-# %% ../nbs/appendix/command_line.ipynb #55393b64
+# %% ../nbs/appendix/command_line.ipynb #3b3d544c
 def readable_config(
     name: str,
 ) -> str:  # the path of its YAML file
@@ -140,6 +141,7 @@ def parse(
     args: list[str],
 ) -> tuple[str, Namespace]:  # the command, and its settings with dataclasses in place of sections
     "Read a command line."
+    check(args and (args[0] in COMMANDS or args[0].startswith("-")), f"{'there is no command ' + repr(args[0]) if args else 'a command is missing'}: give one of {', '.join(COMMANDS)}")
     parser, args = make_parser(args[:1] == ["serve"]), config_paths(args)
     cfg = parser.instantiate(parser.parse_args(args))
     settings = cfg[cfg.subcommand]
@@ -219,7 +221,7 @@ def train_command(cfg: Namespace) -> None:
     print(f"\n{count_parameters(trained.model):,} parameters, best after {s['best_step']} of {s['steps']} steps: validation loss {s['val_loss']:.3f} nats per token{floor}")
     print(f"perplexity {s['perplexity']:.2f} per token, {s['word_perplexity']:.2f} per word, {s['bits_per_byte']:.3f} bits per byte; everything is kept in {run}")
 
-# %% ../nbs/appendix/command_line.ipynb #0d328f05
+# %% ../nbs/appendix/command_line.ipynb #ca2d187f
 def evaluate_command(cfg: Namespace) -> None:
     "One split, read whole."
     run = load_run(cfg.RUN)
@@ -337,7 +339,7 @@ def plot_runs(
     for text in axes.legend(fontsize=8).get_texts(): text.set_parse_math(False)  # a $ is a $
     return figure
 
-# %% ../nbs/appendix/command_line.ipynb #216a574a
+# %% ../nbs/appendix/command_line.ipynb #30746972
 def one_line(
     error: Exception,
 ) -> str:
@@ -361,7 +363,7 @@ def main(
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
     try:
         command, cfg = parse(sys.argv[1:] if args is None else list(args))
-        dict(prepare=prepare_command, train=train_command, evaluate=evaluate_command, generate=generate_command, compare=compare_command, export=export_command, runs=runs_command, serve=serve_command)[command](cfg)
+        with fast_products(): dict(prepare=prepare_command, train=train_command, evaluate=evaluate_command, generate=generate_command, compare=compare_command, export=export_command, runs=runs_command, serve=serve_command)[command](cfg)
     except Elsewhere: sys.exit(1)  # process 0 says it
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its end
