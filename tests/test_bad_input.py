@@ -22,7 +22,7 @@ TRAIN = ["train", "--config", "tiny", *SMALL]
 
 
 @pytest.mark.parametrize("args, said", [
-    ("", "prepare,train,evaluate,generate,runs"),
+    ("", "prepare,train,evaluate,generate,compare"),
     ("trian", "'trian'"),
     ("train", "--config is missing"),
     ("train --config nope", "no configuration 'nope': give tiny, wikitext2"),
