@@ -32,7 +32,7 @@ def attention_weights(
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     return scores.masked_fill(~causal_mask(q.shape[-2], q.device), float("-inf")).softmax(dim=-1)
 
-# %% ../nbs/02_attention.ipynb #eed3652c
+# %% ../nbs/02_attention.ipynb #5219626d
 class MultiHeadAttention(nn.Module):
     "Causal self-attention with `num_heads` heads side by side: (B, T, C) -> (B, T, C) (Vaswani et al., 2017, sec. 3.2.2)."
     def __init__(self,
@@ -60,6 +60,8 @@ class MultiHeadAttention(nn.Module):
         if return_weights or p > 0 and x.device.type == "cpu":  # there the fused kernel draws what to drop slowly
             weights = attention_weights(q, k)
             heads = drop(weights, p) @ v
+        elif q.dtype == torch.bfloat16 and x.device.type == "cpu":  # there its way back is slow in bf16
+            with torch.autocast("cpu", enabled=False): heads = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).to(q.dtype)
         else: heads = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
         out = self.proj(heads.transpose(1, 2).flatten(2))  # (B, H, T, C/H) -> (B, T, C)
         return (out, weights) if return_weights else out

@@ -252,7 +252,7 @@ def side_by_side(
     if len(shapes) != 1: raise ValueError(f"{len(maps)} maps show {len(shapes)} different sets of layers and heads: give maps of the same ones")
     return SideBySide(maps)
 
-# %% ../nbs/appendix/attention_map.ipynb #41b9c19d
+# %% ../nbs/appendix/attention_map.ipynb #f181e0a6
 @dataclass
 class Look:
     "What one run of a model showed."
@@ -326,7 +326,7 @@ def ablation(
     def loss(off): return look(model, ids, [""] * len(ids), off).loss
     return np.array([[loss([(l, h)]) for h in range(block.attention.num_heads)] for l, block in enumerate(model.blocks)]) - loss([])
 
-# %% ../nbs/appendix/attention_map.ipynb #855deb63
+# %% ../nbs/appendix/attention_map.ipynb #d5c96cc7
 class AttentionExplorer:
     "A model's attention, live: prompt, temperature, heads that can be switched off; needs `ipywidgets`, and is quicker with `anywidget`."
     def __init__(self,

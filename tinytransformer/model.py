@@ -127,7 +127,7 @@ def flops_per_token(
     V, C, N = cfg.vocab_size, cfg.embed_dim, cfg.num_layers
     return {"attention projections": N * 2 * 4 * C * C, "attention scores and mix": N * 2 * 2 * T * C, "feed-forward": N * 2 * 8 * C * C, "head": 2 * C * V}
 
-# %% ../nbs/04_model.ipynb #c78661e7
+# %% ../nbs/04_model.ipynb #baf01fd0
 class HeadLoss(torch.autograd.Function):
     "Mean next-token loss from the last hidden vectors, some rows at a time; use `head_loss`."
     ROWS = 1024  # at a time: enough for fast products, few enough to be a small part of the memory
@@ -159,7 +159,7 @@ class HeadLoss(torch.autograd.Function):
             p = room[:n].copy_(p) if exact is not room else p
             dh[part] = p @ W
             if exact is room: dW.addmm_(p.T, h[part])
-            else: dW += p.T @ h[part].to(dtype)
+            else: dW += (p.T @ h[part].to(dtype)).float()                                                # sums in float32
         if learning: ctx.save_for_backward(dh, dW)
         return losses.mean()
 
