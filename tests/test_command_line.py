@@ -14,7 +14,7 @@ def snapshot(folder: Path) -> dict:
     return {str(f.relative_to(folder)): (f.stat().st_mtime_ns, f.read_bytes()) for f in sorted(folder.rglob("*")) if f.is_file() and f.name != ".lock"}
 
 
-@pytest.mark.parametrize("args", ["--help", "prepare --help", "train --help", "evaluate --help", "generate --help", "runs --help", "--version"])
+@pytest.mark.parametrize("args", ["--help", "prepare --help", "train --help", "evaluate --help", "generate --help", "compare --help", "export --help", "serve --help", "runs --help", "--version"])
 def test_help(args, capsys):
     with pytest.raises(SystemExit) as stop: main(args.split())
     out = capsys.readouterr().out
@@ -139,3 +139,14 @@ def test_new_folder_for_each_run(tmp_path, monkeypatch):
     for wanted in ("runs/tiny", "runs/tiny-2", "runs/tiny-3"):
         folder = new_folder("tiny")
         assert folder == Path(wanted) and folder.is_dir()
+
+
+def test_compare(here, capsys):
+    "A row and a text for each strategy; what is given on the command line holds for all of them."
+    main(["compare", "runs/small", "The", "--max_new_tokens", "7", "--seed", "3"])
+    table, *texts = capsys.readouterr().out.split("\n--- ")
+    rows = {line[:16].strip(): line[16:].split() for line in table.splitlines()[1:] if line}
+    assert list(rows) == [text.split(" ---")[0] for text in texts] and len(rows) == 9
+    assert all(float(perplexity) >= 1 and repetition.endswith("%") and diversity.endswith("%") for perplexity, repetition, diversity in rows.values())
+    main(["generate", "runs/small", "The", "--max_new_tokens", "7", "--seed", "3", "--temperature", "0"])
+    assert capsys.readouterr().out.rstrip("\n") in "\n--- ".join(texts)  # greedy writes what generate writes
