@@ -37,7 +37,7 @@ class ModelConfig:
     dropout: float = 0.0           # share of values zeroed while training
     tie_weights: bool = False      # use the token embedding as the output projection too
     activation: str = "relu"       # of the feed-forward networks: relu, or gelu as in GPT-2
-    from_hf: str | None = None     # begin with the weights of this GPT-2: a folder, or a name on the Hub; it decides the fields above, but for seq_len and dropout
+    from_hf: str | None = None     # begin with the weights of this GPT-2: a folder, or a name on the Hub; it brings its tokenizer and decides the fields above, but for seq_len and dropout
 
     def __post_init__(self):
         for name in ("seq_len", "embed_dim", "num_heads", "num_layers"):
@@ -279,7 +279,7 @@ def take_hf_weights(
     def none(wrong, what): check(not wrong, f"{source} {what}: {', '.join(sorted(wrong)[:3])}")
     none(names.values() - found.keys(), "lacks tensors")
     none(found.keys() - names.values(), "has tensors that GPT-2 has not")
-    def shaped(name, weight): return weight.T if turned(name) else weight
+    def shaped(name, weight): return weight.transpose(0, -1) if turned(name) else weight
     none([f"{theirs} {tuple(found[theirs].shape)}" for ours, theirs in names.items() if shaped(ours, params[ours]).shape != found[theirs].shape], "has tensors of another shape than its configuration says")
     none([name for name, weight in found.items() if not weight.is_floating_point()], "has tensors that are no floating point numbers")
     weights = {ours: shaped(ours, found[theirs]).clone(memory_format=torch.contiguous_format).float() for ours, theirs in names.items()}
