@@ -30,5 +30,5 @@ def begin() -> None:
         from tinytransformer.cli import main
         main()
 
-# %% ../nbs/appendix/entry.ipynb #60a61130
-if __name__ == "__main__" and "ipykernel" not in sys.modules: begin()
+# %% ../nbs/appendix/entry.ipynb #a4ad55ee
+if __name__ == "__main__" and __spec__: begin()  # a notebook has that name too, but no spec

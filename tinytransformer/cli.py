@@ -27,7 +27,7 @@ from .__main__ import COMMANDS
 from .data import SPLITS, Corpus, DataConfig, InputError, check, prepare, write_whole
 from .generate import SampleConfig, compare, complete, stream
 from .model import ModelConfig, count_parameters, parameter_formula
-from .train import (Elsewhere, Run, Stopped, TrainConfig, config_file, evaluate, fast_products, load_run, make_config, on_main, perplexities, processes, read_config, read_json, read_rows,
+from .train import (Elsewhere, Run, Stopped, TrainConfig, begun_from, config_file, evaluate, fast_products, load_run, make_config, on_main, perplexities, processes, read_config, read_json, read_rows,
                                    train_run)
 
 # %% ../nbs/appendix/command_line.ipynb #80320584
@@ -145,7 +145,11 @@ def parse(
     parser, args = make_parser(args[:1] == ["serve"]), config_paths(args)
     cfg = parser.instantiate(parser.parse_args(args))
     settings = cfg[cfg.subcommand]
-    if cfg.subcommand in ("prepare", "train"): check(settings.config, "--config is missing: give tiny, wikitext2, or the path of a YAML file")
+    if cfg.subcommand in ("prepare", "train"):
+        check(settings.config, "--config is missing: give tiny, wikitext2, or the path of a YAML file")
+        if settings.model.from_hf:  # what a file says of the shape gives way; what is typed must agree
+            typed = [arg[2:].split("=")[0] for arg in args if re.match(r"--(data|model)\.", arg)]
+            settings.data, settings.model = begun_from(settings.data, settings.model, Path(settings.resume) if settings.get("resume") else None, typed)
     if cfg.subcommand in ("generate", "compare", "serve"): settings.given = parser.parse_args(args, defaults=False)[cfg.subcommand].as_dict()
     return cfg.subcommand, settings
 
@@ -257,7 +261,9 @@ def sample_config(
 
 def export_command(cfg: Namespace) -> None:
     "The run as others read it."
+    from transformers.utils import logging
     from tinytransformer.hf import export
+    if not sys.stderr.isatty(): logging.disable_progress_bar()
     export(load_run(cfg.RUN), cfg.DIR)
     print(f"{cfg.DIR} holds the model, its tokenizer and a card; in Python: AutoModelForCausalLM.from_pretrained({cfg.DIR!r})")
 

@@ -51,8 +51,8 @@ class DataConfig:
     subset: str | None = None   # the configuration of the Hub's dataset
     articles: int = 10000       # TinyWiki only: articles in the train split; a tenth as many in each of the others
     seed: int = 0               # TinyWiki only: seed of its articles
-    tokenizer: str = "bpe"      # `bpe`, trained here on the train split, or a tokenizer of the Hub, `owner/name`
-    vocab_size: int = 1024      # tokens in the vocabulary; a tokenizer of the Hub must have exactly as many
+    tokenizer: str = "bpe"      # `bpe`, trained here on the train split, or a tokenizer that is there: the Hub's `owner/name`, or the full path of a model's folder
+    vocab_size: int = 1024      # tokens in the vocabulary; a tokenizer that is there must have exactly as many
     data_dir: str = "data"      # folder that holds raw/ and processed/
 
     def __post_init__(self):
@@ -61,7 +61,7 @@ class DataConfig:
         check(self.subset is None or is_hub_name(self.subset, parts=1), f"data.subset is {self.subset!r}: give a name such as wikitext-2-raw-v1, or leave it out")
         check(10 <= self.articles <= 40_000, f"data.articles is {self.articles}: give 10 to 40000; beyond that TinyWiki's titles get scarce")
         check(self.seed >= 0, f"data.seed is {self.seed}: give 0 or more")
-        check(self.tokenizer == "bpe" or is_hub_name(self.tokenizer), f"data.tokenizer is {self.tokenizer!r}: give bpe or the Hub's owner/name")
+        check(self.tokenizer == "bpe" or is_hub_name(self.tokenizer) or os.path.isabs(self.tokenizer), f"data.tokenizer is {self.tokenizer!r}: give bpe or the Hub's owner/name")
         check(self.tokenizer != "bpe" or 256 <= self.vocab_size <= 2**20, f"data.vocab_size is {self.vocab_size}: give 256, one for each byte, to {2**20}")
         check(self.data_dir and "\0" not in self.data_dir, f"data.data_dir is {self.data_dir!r}: give the path of a folder")
         self.data_dir = os.path.expanduser(self.data_dir)  # ~ is the home
@@ -198,7 +198,7 @@ def train_bpe(
 
 # %% ../nbs/00_data.ipynb #0185fde1
 def hub_tokenizer(
-    name: str,  # `owner/name` on the Hub
+    name: str,  # `owner/name` on the Hub, or a folder
 ) -> Tokenizer:
     "The fast tokenizer of the model `name`, through `transformers`."
     from transformers import AutoTokenizer

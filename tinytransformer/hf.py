@@ -16,7 +16,7 @@ from .data import check, whole_folder, write_whole
 from .model import count_parameters, to_hf
 from .train import Run, read_json, read_rows
 
-# %% ../nbs/appendix/gpt2_twin.ipynb #0349686e
+# %% ../nbs/appendix/gpt2_twin.ipynb #75022208
 def model_card(
     run: Run,
 ) -> str:  # Markdown, with the front matter that the Hub reads
@@ -31,7 +31,7 @@ def model_card(
              f"A decoder-only Transformer of GPT-2's architecture, trained with tinytransformer {__version__} on {text}",
              "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in numbers.items())]
     if (run.folder/"curve.png").exists(): parts.append("![Training and validation loss over the steps](curve.png)")
-    if samples: parts.append(f"## A sample\n\nAfter {samples[-1]['step']:,} steps:\n\n```text\n{samples[-1]['text'].replace('```', '` ` `')}\n```")
+    if samples: parts.append("## Samples\n\n" + "\n\n".join(f"After {row['step']:,} steps:\n\n```text\n{row['text'].replace('```', '` ` `')}\n```" for row in (samples if len(samples) < 2 else [samples[0], samples[-1]])))
     parts.append(f"## How it was made\n\n```yaml\n{yaml.safe_dump(run.config, sort_keys=False)}```")
     return "\n\n".join(parts) + "\n"
 

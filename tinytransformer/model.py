@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['INIT_STD', 'HF_ACTIVATIONS', 'ModelConfig', 'init_weights', 'Transformer', 'next_token_loss', 'count_parameters',
-           'parameter_formula', 'flops_per_token', 'HeadLoss', 'head_loss', 'hf_names', 'turned', 'read_hf_config',
-           'to_hf']
+           'parameter_formula', 'flops_per_token', 'HeadLoss', 'head_loss', 'hf_names', 'turned', 'hf_folder',
+           'read_hf_config', 'hf_shape', 'read_hf_weights', 'take_hf_weights', 'to_hf']
 
-# %% ../nbs/04_model.ipynb #c87420e7
-import math
+# %% ../nbs/04_model.ipynb #a6b57d30
+import json, math, os, re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import safetensors.torch
 import torch
 from fastcore.basics import patch
+from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .block import ACTIVATIONS, Block
-from .data import InputError, check
+from .data import InputError, check, hub_error, is_hub_name
 from .embeddings import Embeddings
 
 # %% ../nbs/04_model.ipynb #1019779b
@@ -34,7 +37,7 @@ class ModelConfig:
     dropout: float = 0.0           # share of values zeroed while training
     tie_weights: bool = False      # use the token embedding as the output projection too
     activation: str = "relu"       # of the feed-forward networks: relu, or gelu as in GPT-2
-    from_hf: str | None = None     # begin with the weights of this GPT-2: a folder, or a name on the Hub; it decides the fields above, but for seq_len and dropout
+    from_hf: str | None = None     # begin with the weights of this GPT-2: a folder, or a name on the Hub; it brings its tokenizer and decides the fields above, but for seq_len and dropout
 
     def __post_init__(self):
         for name in ("seq_len", "embed_dim", "num_heads", "num_layers"):
@@ -198,49 +201,105 @@ def turned(name: str) -> bool:
     "Whether GPT-2 keeps this matrix of ours as (in, out)."
     return name.endswith((".qkv.weight", ".proj.weight", ".ffn.0.weight", ".ffn.2.weight"))
 
-# %% ../nbs/04_model.ipynb #aea9483a
-if TYPE_CHECKING: from transformers import GPT2LMHeadModel
+# %% ../nbs/04_model.ipynb #d74c7244
+def hf_folder(
+    source: str | Path,  # a folder, or the Hub's owner/name
+) -> Path:
+    "The folder that holds a model of Hugging Face, fetched from the Hub if it is none here; `InputError` where there is nothing."
+    folder = os.path.expanduser(source)
+    if os.path.isdir(folder): return Path(folder)
+    check(is_hub_name(str(source)), f"there is no folder {str(source)!r}: give one that holds a GPT-2, or a name on the Hub such as openai-community/gpt2")
+    import huggingface_hub
+    huggingface_hub.logging.set_verbosity_error()  # it retries on its own; what it says of each try would bury our line
+    try: return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["config.json", "model.safetensors", "tokenizer.json"]))
+    except Exception as error: raise hub_error(str(source), error) from error
 
+# %% ../nbs/04_model.ipynb #243ae6d2
 HF_ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}  # GPT-2's name -> ours
 
 def read_hf_config(
     source: str,  # for messages
-    cfg,          # as `transformers` has read it
+    said: dict,   # field -> value
 ) -> ModelConfig:
     "The shape of a GPT-2; `InputError` names the field that we have nothing for."
-    def need(field, *wanted): check(getattr(cfg, field, wanted[0]) in wanted, f"{source} is no model of ours: its {field} is {getattr(cfg, field, None)!r}, not {' or '.join(map(repr, wanted))}")
-    need("model_type", "gpt2")
-    need("activation_function", *HF_ACTIVATIONS)
-    need("layer_norm_epsilon", 1e-5)
-    need("scale_attn_weights", True)
-    need("scale_attn_by_inverse_layer_idx", False)
-    need("add_cross_attention", False)
-    need("n_inner", None, 4 * cfg.n_embd)
-    return ModelConfig(vocab_size=cfg.vocab_size, seq_len=cfg.n_positions, embed_dim=cfg.n_embd, num_heads=cfg.n_head, num_layers=cfg.n_layer,
-                       tie_weights=cfg.tie_word_embeddings, activation=HF_ACTIVATIONS[cfg.activation_function])
+    from transformers import GPT2Config
+    found = GPT2Config().to_dict() | dict(model_type=None) | said  # what is left out is as in GPT-2
+    def need(field, fits, wish): check(fits(found[field]), f"{source} is no model of ours: its {field} is {found[field]!r}, not {wish}")
+    def one_of(field, *wanted): need(field, lambda value: value in wanted, " or ".join(map(repr, wanted)))
+    one_of("model_type", "gpt2")
+    for field in ("vocab_size", "n_positions", "n_embd", "n_head", "n_layer"): need(field, lambda value: type(value) is int, "a whole number")
+    one_of("tie_word_embeddings", True, False)
+    one_of("activation_function", *HF_ACTIVATIONS)
+    one_of("layer_norm_epsilon", 1e-5)
+    one_of("scale_attn_weights", True)
+    one_of("scale_attn_by_inverse_layer_idx", False)
+    one_of("add_cross_attention", False)
+    one_of("n_inner", None, 4 * found["n_embd"])
+    return ModelConfig(vocab_size=found["vocab_size"], seq_len=found["n_positions"], embed_dim=found["n_embd"], num_heads=found["n_head"], num_layers=found["n_layer"],
+                       tie_weights=found["tie_word_embeddings"], activation=HF_ACTIVATIONS[found["activation_function"]])
+
+def hf_shape(
+    folder: Path,
+) -> ModelConfig:
+    "The shape of the GPT-2 in a folder; `InputError` also if its tokenizer is another's."
+    file = folder/"tokenizer.json"
+    try: said = json.loads((folder/"config.json").read_text())
+    except (OSError, ValueError) as error: raise InputError(f"{folder/'config.json'} is missing or damaged ({type(error).__name__}): give a folder that save_pretrained has written") from error
+    cfg = read_hf_config(str(folder), said if isinstance(said, dict) else {})
+    if file.exists():
+        try: V = Tokenizer.from_file(str(file)).get_vocab_size()
+        except Exception as error: raise InputError(f"{file} is damaged ({type(error).__name__}): take it anew from where the model came from") from error
+        check(V == cfg.vocab_size, f"{file} has {V} tokens, but the vocab_size in config.json is {cfg.vocab_size}: it belongs to another model")
+    return cfg
+
+# %% ../nbs/04_model.ipynb #1314bff6
+def read_hf_weights(
+    folder: Path,
+) -> dict[str, torch.Tensor]:  # GPT-2's names -> tensors
+    "What is in a folder's `model.safetensors`; `InputError` for a pickle, or for what is damaged."
+    file = folder/"model.safetensors"
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+    instead = f", only {pickles[0]}, a pickle, which could run any code: open it where you trust it, and write it anew with save_pretrained" if pickles else ": give a folder that save_pretrained has written"
+    check(file.is_file(), f"{folder} holds no model.safetensors{instead}")
+    try: return safetensors.torch.load_file(file)
+    except Exception as error: raise InputError(f"{file} is damaged, or no safetensors file ({' '.join(str(error).split())[:100]}): write it anew with save_pretrained") from error
+
+def take_hf_weights(
+    source: str,                         # for messages
+    found: dict[str, torch.Tensor],      # GPT-2's names -> tensors
+    model: Transformer,                  # of the same shape; gets copies, in single precision
+) -> None:
+    "Put the weights of a GPT-2 into `model`; `InputError` names the tensors that are missing, left over, of another shape, or no floats."
+    names, params = hf_names(model.cfg), dict(model.named_parameters())
+    full = {name.removeprefix("transformer."): name for name in names.values()}  # GPT-2's own file goes without the prefix
+    found = {full.get(name, name): weight for name, weight in found.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}  # less the causal masks
+    if model.cfg.tie_weights and "lm_head.weight" in found:
+        head, tokens = found.pop("lm_head.weight"), found.get("transformer.wte.weight")
+        check(tokens is None or torch.equal(head, tokens), f"{source} has an lm_head.weight that differs from transformer.wte.weight, but tie_word_embeddings is true: set it to false")
+    def none(wrong, what): check(not wrong, f"{source} {what}: {', '.join(sorted(wrong)[:3])}")
+    none(names.values() - found.keys(), "lacks tensors")
+    none(found.keys() - names.values(), "has tensors that GPT-2 has not")
+    def shaped(name, weight): return weight.transpose(0, -1) if turned(name) else weight
+    none([f"{theirs} {tuple(found[theirs].shape)}" for ours, theirs in names.items() if shaped(ours, params[ours]).shape != found[theirs].shape], "has tensors of another shape than its configuration says")
+    none([name for name, weight in found.items() if not weight.is_floating_point()], "has tensors that are no floating point numbers")
+    weights = {ours: shaped(ours, found[theirs]).clone(memory_format=torch.contiguous_format).float() for ours, theirs in names.items()}
+    model.load_state_dict(weights, strict=False, assign=True)  # all names have been compared; a tied matrix has two of ours
+    if model.cfg.tie_weights: model.head.weight = model.embeddings.token.weight
+
+# %% ../nbs/04_model.ipynb #f2c4b749
+if TYPE_CHECKING: from transformers import GPT2LMHeadModel
 
 @patch(cls_method=True)
 def from_hf(
     cls: Transformer,
-    source: "str | GPT2LMHeadModel",  # a folder, a name on the Hub, or the model itself
+    source: "str | Path | GPT2LMHeadModel",  # a folder, the Hub's owner/name, or the model itself
 ) -> Transformer:
     "The same model with GPT-2's weights, in evaluation mode; `InputError` names the field or the tensor that does not fit."
-    if isinstance(source, str):
-        from transformers import AutoConfig, GPT2LMHeadModel
-        try:
-            cfg = read_hf_config(source, AutoConfig.from_pretrained(source))
-            loaded, found = GPT2LMHeadModel.from_pretrained(source, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32)
-        except InputError: raise
-        except (OSError, ValueError) as error: raise InputError(f"{source} cannot be read: {' '.join(str(error).split())[:200]}; give a folder with config.json and model.safetensors, or a name on the Hub") from error
-        def none_of(kind, what): check(not found[kind], f"{source} {what}: {', '.join(str(name[0] if isinstance(name, tuple) else name) for name in sorted(found[kind])[:3])}")
-        none_of("missing_keys", "lacks tensors")
-        none_of("unexpected_keys", "has tensors that GPT-2 has not")
-        none_of("mismatched_keys", "has tensors of another shape than its config.json says")
-    else: loaded, cfg = source, read_hf_config("the model", source.config)
-    theirs, model = loaded.state_dict(), cls(cfg).eval()
-    with torch.no_grad():
-        for (name, weight), there in zip(model.named_parameters(), (theirs[hf_names(cfg)[name]] for name, _ in model.named_parameters())): weight.copy_(there.T if turned(name) else there)
-    return model
+    if isinstance(source, nn.Module): where, cfg, weights = "the model", read_hf_config("the model", source.config.to_dict()), source.state_dict()
+    else: cfg, weights = hf_shape(where := hf_folder(source)), read_hf_weights(where)
+    with torch.device("meta"): model = cls(cfg)
+    take_hf_weights(str(where), weights, model)
+    return model.eval()
 
 def to_hf(
     model: Transformer,
