@@ -7,6 +7,7 @@ import argparse, json, os, platform, statistics, subprocess, sys, time
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
 
@@ -24,16 +25,16 @@ def cases(quick: bool) -> list[dict]:
     every, some = ["nanoGPT", "transformers", "minGPT", "x-transformers", "litgpt"], ["nanoGPT", "transformers"]
     found = []
     for size, shape in (("small", SMALL), ("mid", MID)):
-        found += [dict(name=f"training {size}, fp32", rounds=3, peers=every if size == "small" else some, **TRAIN | shape),
-                  dict(name=f"training {size}, bf16", rounds=3, peers=some, **TRAIN | shape | dict(precision="bf16")),
-                  dict(name=f"training {size}, bf16, peers compiled", rounds=3, peers=some, compile_peers=True, **TRAIN | shape | dict(precision="bf16"))]
-    found += [dict(name="training small, fp32, our flags for all", rounds=3, peers=some, **TRAIN | SMALL | dict(flags="ours")),
-              dict(name="training small, dropout 0.2, fp32", rounds=3, peers=some, **TRAIN | SMALL | dict(dropout=0.2)),
-              dict(name="training small, dropout 0.2, bf16", rounds=3, peers=some, **TRAIN | SMALL | dict(dropout=0.2, precision="bf16"))]
+        found += [dict(name=f"training {size}, fp32", rounds=5, peers=every if size == "small" else some, **TRAIN | shape),
+                  dict(name=f"training {size}, bf16", rounds=5, peers=some, **TRAIN | shape | dict(precision="bf16")),
+                  dict(name=f"training {size}, bf16, peers compiled", rounds=5, peers=some, compile_peers=True, **TRAIN | shape | dict(precision="bf16"))]
+        found += [dict(name=f"training {size}, {kind}, our flags for all", rounds=5, peers=some, **TRAIN | shape | dict(flags="ours", precision=kind)) for kind in ("fp32", "bf16")]
+    found += [dict(name="training small, dropout 0.2, fp32", rounds=5, peers=some, **TRAIN | SMALL | dict(dropout=0.2)),
+              dict(name="training small, dropout 0.2, bf16", rounds=5, peers=some, **TRAIN | SMALL | dict(dropout=0.2, precision="bf16"))]
     room = SMALL | dict(T=1040)
     for precision in ("fp32", "bf16"):
-        found += [dict(name=f"1 prompt, {n} tokens, greedy, {precision}", rounds=3, peers=["transformers"] + ["x-transformers"] * (n == 128) + ["nanoGPT"] * (n == 128), **GENERATE | room | dict(B=1, new=n, precision=precision)) for n in (128, 1024)]
-        found += [dict(name=f"16 prompts, {n} tokens, sampled, {precision}", rounds=3, peers=["transformers"], **GENERATE | room | dict(B=16, new=n, greedy=False, precision=precision)) for n in (128,)]
+        found += [dict(name=f"1 prompt, {n} tokens, greedy, {precision}", rounds=5, peers=["transformers"] + ["x-transformers"] * (n == 128) + ["nanoGPT"] * (n == 128), **GENERATE | room | dict(B=1, new=n, precision=precision)) for n in (128, 512, 1024)]
+        found += [dict(name=f"16 prompts, {n} tokens, sampled, {precision}", rounds=3, peers=["transformers"], **GENERATE | room | dict(B=16, new=n, greedy=False, precision=precision)) for n in (128, 512)]
     for name, values in dict(T=(512, 2048), L=(2, 16), V=(1000, 8000), B=(1, 64)).items():
         found += [dict(name=f"growth: {name} = {value}", rounds=2, peers=["nanoGPT"], **TRAIN | SMALL | {name: value} | (dict(B=max(1, 4096 // value)) if name == "T" else {})) for value in values]
     return found
@@ -86,24 +87,60 @@ def start_up(rounds: int = 5) -> list[dict]:
     return [dict(case="start", library=name, seconds=statistics.median(seconds(*command) for _ in range(rounds))) for name, command in commands.items()]
 
 
-def tokenizing(rounds: int = 5) -> list[dict]:
+def tokenizing(hub: bool, rounds: int = 5) -> list[dict]:
     "Megabytes of text a second: row by row, and as `prepare` does it."
     from tinytransformer.data import DataConfig, encode_rows, prepare, raw_rows
-    config = DataConfig(data_dir=str(HERE.parent/"data"))
-    corpus, rows = prepare(config), raw_rows(config)["train"]["text"]
-    size = sum(len(row.encode()) for row in rows) / 1e6
-    ways = {"row by row": lambda: [corpus.tokenizer.encode(row).ids for row in rows], "as prepare does it": lambda: encode_rows(rows, corpus.tokenizer, "train")}
+    from tinytransformer.train import config_file, make_config, read_config
     def seconds(way):
         began = time.perf_counter()
         way()
         return time.perf_counter() - began
-    return [dict(case="tokenizing TinyWiki", library=name, seconds=(s := statistics.median(seconds(way) for _ in range(rounds))), mb_per_second=size / s) for name, way in ways.items()]
+    found = []
+    for name in ("tiny", "wikitext2") if hub else ("tiny",):
+        config = make_config(DataConfig, "data", read_config(config_file(name))["data"] | dict(data_dir=str(HERE.parent/"data")))
+        corpus, rows = prepare(config), raw_rows(config)["train"]["text"]
+        size = sum(len(row.encode()) for row in rows) / 1e6
+        ways = {"row by row": lambda: [corpus.tokenizer.encode(row).ids for row in rows], "as prepare does it": lambda: encode_rows(rows, corpus.tokenizer, "train")}
+        found += [dict(case=f"tokenizing for {name}", library=way, seconds=(s := statistics.median(seconds(run) for _ in range(rounds))), mb_per_second=size / s) for way, run in ways.items()]
+    return found
+
+
+def products(threads: int) -> list[dict]:
+    "The best rate of products on this machine, in operations a second: what training could reach if it did nothing else."
+    import torch
+    torch.set_num_threads(threads)
+    def rate(n, kind):
+        a, b = torch.randn(n, n).to(kind), torch.randn(n, n).to(kind)
+        def once():
+            began = time.perf_counter()
+            a @ b
+            return 2 * n**3 / (time.perf_counter() - began)
+        once()
+        return statistics.median(once() for _ in range(9))
+    return [dict(case="products", library=name, seconds=1e9 / (best := max(rate(n, kind) for n in (1024, 2048, 4096))), flops_per_second=best) for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16))]
+
+
+def scale(threads: int, quick: bool) -> list[dict]:
+    "What it costs to make a batch fit, and what several processes on one machine gain: the mid model on TinyWiki, trained by the command."
+    model = dict(embed_dim=32, num_heads=4, num_layers=2, seq_len=32) if quick else dict(embed_dim=512, num_heads=8, num_layers=8, seq_len=256)
+    train = dict(max_steps=3 if quick else 7, batch_size=8 if quick else 32, eval_every=100)
+    ways = {"at once": (1, {}), "in 8 parts": (1, dict(micro_batches=8)), "computed again on the way back": (1, dict(recompute=True)), "both": (1, dict(micro_batches=8, recompute=True)), "2 processes": (2, {}), "4 processes": (4, {})}
+    if quick: ways = {name: ways[name] for name in ("at once", "both")}
+    rows, script = [], Path(sys.executable).with_name
+    with TemporaryDirectory() as folder:
+        for name, (processes, more) in ways.items():
+            start = [script("torchrun"), "--nproc-per-node", str(processes), "--no-python"] if processes > 1 else []
+            options = [f"--{section}.{key}={value}" for section, values in dict(model=model, train=train | more, data=dict(articles=1000)).items() for key, value in values.items()]
+            subprocess.run([*start, script("tinytransformer"), "train", "--config", "tiny", *options, "--folder", run := f"{folder}/{name}"], cwd=folder, check=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS=str(max(1, threads // processes))))
+            steps = [json.loads(line) for line in (Path(run)/"metrics.jsonl").read_text().splitlines()][1:]
+            rows.append(dict(case="scale", library=name, seconds=train["batch_size"] * model["seq_len"] / statistics.median(s["tokens_per_second"] for s in steps), mb_each=max(s["memory_mb"] for s in steps)))
+    return rows
 
 
 def table(rows: list[dict]) -> str:
     lines = ["| what | library | seconds | times ours | peak MB | |", "|---|---|---:|---:|---:|---|"]
     for row in rows:
-        more = f"{row['mb_per_second']:.1f} MB/s" if "mb_per_second" in row else ""
+        more = f"{row['mb_per_second']:.1f} MB/s" if "mb_per_second" in row else f"{row['mb_each']:,.0f} MB in each process" if "mb_each" in row else f"{row['flops_per_second'] / 1e9:,.0f} GFLOP/s" if "flops_per_second" in row else ""
         lines.append(f"| {row['case']} | {row['library']} | {row['seconds']:.3g} | {format(row['times_ours'], '.2f') if 'times_ours' in row else ''} | {format(row['peak_mb'], ',.0f') if 'peak_mb' in row else ''} | {more} |")
     return "\n".join(lines)
 
@@ -128,6 +165,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", help="folder of a checkout; without it, nanoGPT does not take part")
     parser.add_argument("--mingpt", help="the same for minGPT")
     parser.add_argument("--litgpt", help="a Python that has litgpt, which wants other versions than we do")
+    parser.add_argument("--hub", action="store_true", help="tokenize WikiText-2 too, which comes from the Hugging Face Hub")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     parser.add_argument("--quiet", action=argparse.BooleanOptionalAction, default=True, help="hide what the libraries print")
@@ -138,8 +176,10 @@ def main() -> None:
         rows += race(case, args)
         print(table(rows[-len([r for r in rows if r["case"] == case["name"]]):]).split("\n", 2)[2], flush=True)
     if args.only in "start": rows += start_up(1 if args.quick else 5)
-    if args.only in "tokenizing": rows += tokenizing(1 if args.quick else 5)
-    print(table([row for row in rows if row["case"].startswith(("start", "tokenizing"))]), flush=True)
+    if args.only in "tokenizing": rows += tokenizing(args.hub, 1 if args.quick else 5)
+    if args.only in "products": rows += products(args.threads)
+    if args.only in "scale": rows += scale(args.threads, args.quick)
+    print(table([row for row in rows if "times_ours" not in row]), flush=True)
     if args.quick or args.only: return
     def of(name):
         try: return version(name)

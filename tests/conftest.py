@@ -1,12 +1,16 @@
-"""What the tests share: a small trained run, and the choice to talk to the Hub."""
-import os
+"""What the tests share: a small trained run, a browser, JupyterLab, and the choice to talk to the Hub."""
+import os, re, shutil, subprocess, sys, time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Error, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--data.articles", "60", "--data.vocab_size", "300", "--model.seq_len", "32", "--model.embed_dim", "16", "--model.num_layers", "1",
          "--train.max_steps", "6", "--train.eval_every", "3", "--sample.max_new_tokens", "5"]  # seconds, not minutes
+SWITCHES = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 
 
 def pytest_addoption(parser):
@@ -44,3 +48,41 @@ def here(workspace, monkeypatch):
     "The workspace as the current folder."
     monkeypatch.chdir(workspace)
     return workspace
+
+
+@pytest.fixture(scope="module")
+def launch():
+    "Starts a browser with a profile of its own."
+    with sync_playwright() as playwright:
+        opened = []
+        def start(folder, **options):
+            try: context = playwright.chromium.launch_persistent_context(str(folder), executable_path=shutil.which("chromium"), args=SWITCHES, **options)
+            except Error as error:
+                if "Executable doesn't exist" not in str(error): raise
+                pytest.skip("needs a browser: install Debian's chromium, or run `playwright install chromium`")
+            opened.append(context)
+            return context
+        yield start
+        for context in opened: context.close()
+
+
+@contextmanager
+def jupyter_lab(folder: Path) -> Iterator[str]:
+    "JupyterLab in `folder`, on a free port of this machine: its address; the token is abc."
+    with (folder/"log").open("w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.port=0", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=abc", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
+                                  cwd=folder, stderr=log, stdout=log)
+    for _ in range(600):
+        if server.poll() is not None or (found := re.search(r"http://127\.0\.0\.1:\d+", (folder/"log").read_text())): break
+        time.sleep(0.1)
+    assert found, (folder/"log").read_text()
+    yield found[0]
+    server.terminate()
+    try: server.wait(10)
+    except subprocess.TimeoutExpired: server.kill()
+
+
+def run_all(page: Page) -> None:
+    "As the menu does, once the kernel can be reached."
+    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.connectionStatus === 'connected'", timeout=60_000)
+    page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")

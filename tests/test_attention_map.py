@@ -1,16 +1,15 @@
 """The map in a real browser: what it shows is what NumPy says, every part answers to mouse and keys, and nothing is asked of any network."""
-import re, shutil, subprocess, sys, time, xml.etree.ElementTree as ElementTree
+import re, xml.etree.ElementTree as ElementTree
 
 import nbformat
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import ROOT
-from playwright.sync_api import Error, Page, sync_playwright
+from conftest import ROOT, jupyter_lab, run_all
+from playwright.sync_api import Page
 from tinytransformer.attention_map import attention_map, decode, encode, look, script, side_by_side
 from tinytransformer.model import ModelConfig, Transformer
 
-SWITCHES = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 WORDS = "the cat sat on the mat and the cat slept".split()
 ROLE = "[role=%s]"
 
@@ -20,22 +19,6 @@ def random_weights(layers: int, heads: int, T: int, spread: float = 2.0, seed: i
     scores[..., ~np.tril(np.ones((T, T), bool))] = -np.inf
     e = np.exp(scores - scores.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
-
-
-@pytest.fixture(scope="module")
-def launch():
-    "Starts a browser with a profile of its own."
-    with sync_playwright() as playwright:
-        opened = []
-        def start(folder, **options):
-            try: context = playwright.chromium.launch_persistent_context(str(folder), executable_path=shutil.which("chromium"), args=SWITCHES, **options)
-            except Error as error:
-                if "Executable doesn't exist" not in str(error): raise
-                pytest.skip("needs a browser: install Debian's chromium, or run `playwright install chromium`")
-            opened.append(context)
-            return context
-        yield start
-        for context in opened: context.close()
 
 
 @pytest.fixture(scope="module")
@@ -350,19 +333,9 @@ model = Transformer(ModelConfig(vocab_size=tokenizer.get_vocab_size(), seq_len=6
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    "JupyterLab on a free port of this machine: its folder, and its address with a token."
+    "JupyterLab in an empty folder: the folder, and the server's address."
     folder = tmp_path_factory.mktemp("lab")
-    with (folder/"log").open("w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.port=0", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=abc", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
-                                  cwd=folder, stderr=log, stdout=log)
-    for _ in range(600):
-        if server.poll() is not None or (found := re.search(r"http://127\.0\.0\.1:\d+", (folder/"log").read_text())): break
-        time.sleep(0.1)
-    assert found, (folder/"log").read_text()
-    yield folder, found[0]
-    server.terminate()
-    try: server.wait(10)
-    except subprocess.TimeoutExpired: server.kill()
+    with jupyter_lab(folder) as address: yield folder, address
 
 
 def open_notebook(launch, lab, tmp_path, *cells, outputs=()) -> Page:
@@ -375,12 +348,6 @@ def open_notebook(launch, lab, tmp_path, *cells, outputs=()) -> Page:
     page.goto(f"{address}/lab/tree/{name}?reset&token=abc")
     page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=60_000)
     return page
-
-
-def run_all(page: Page) -> None:
-    "As the menu does, once the kernel can be reached."
-    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.connectionStatus === 'connected'", timeout=60_000)
-    page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
 
 
 def test_untrusted_notebook(launch, lab, tmp_path, weights):

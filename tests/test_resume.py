@@ -212,7 +212,7 @@ def half(runs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change, said", [
-    ("--train.learning_rate 0.1", "begun with train.learning_rate 0.01, not 0.1"), ("--train.batch_size 8", "train.batch_size 6, not 8"),
+    ("--train.learning_rate 0.1", "begun with train.learning_rate 0.01, not 0.1"), ("--train.batch_size 8", "train.batch_size 12, not 8"),
     ("--model.num_layers 2", "model.num_layers 1, not 2"), ("--data.articles 70", "data.articles 60, not 70"), ("--train.seed 1", "train.seed 0, not 1")])
 def test_resume_with_other_settings(half, change, said):
     before = outcome_files(half)
@@ -333,7 +333,9 @@ def test_somebody_else_writes(half, runs):
     "The second of two trainings in one folder is refused, and the first does not notice."
     first = start(half.parent.parent, "train", "--resume", "runs/half")
     wait_for_step(first, half, steps(half) + 1)
+    first.send_signal(signal.SIGSTOP)  # it must not be done before the second has asked
     assert "being written by another process" in refusal("train", "--resume", "runs/half")
+    first.send_signal(signal.SIGCONT)
     finish(first)
     assert outcome(half) == outcome(runs/"runs/whole")
 

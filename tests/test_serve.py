@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx, openai, pytest, schemathesis, torch, uvicorn
 from axe_playwright_python.sync_playwright import Axe
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, SWITCHES
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
@@ -523,9 +523,6 @@ def test_as_described(described, name, mode):
 
 
 # --- the page, in a real browser
-
-
-SWITCHES = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 
 
 @pytest.fixture(scope="module")

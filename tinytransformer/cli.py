@@ -8,7 +8,7 @@ __all__ = ['SECTIONS', 'add_fields', 'make_parser', 'readable_config', 'unfinish
            'evaluate_command', 'generate_command', 'sample_config', 'export_command', 'compare_command', 'serve_config',
            'serve_command', 'describe', 'state_of', 'runs_command', 'plot_runs', 'one_line', 'process_name', 'main']
 
-# %% ../nbs/appendix/command_line.ipynb #1c551088
+# %% ../nbs/appendix/command_line.ipynb #aa1ab598
 import atexit, io, json, os, re, shlex, signal, sys, time
 from argparse import ArgumentError
 from collections.abc import Callable
@@ -94,7 +94,7 @@ def make_parser(
     for name, sub in dict(prepare=prepare, train=train, evaluate=evaluate, generate=generate, compare=compare, export=export, runs=runs, serve=serve).items(): commands.add_subcommand(name, sub, help=sub.description)
     return parser
 
-# %% ../nbs/appendix/command_line.ipynb #3b3d544c
+# %% ../nbs/appendix/command_line.ipynb #5431802a
 def readable_config(
     name: str,
 ) -> str:  # the path of its YAML file
@@ -225,7 +225,7 @@ def train_command(cfg: Namespace) -> None:
     print(f"\n{count_parameters(trained.model):,} parameters, best after {s['best_step']} of {s['steps']} steps: validation loss {s['val_loss']:.3f} nats per token{floor}")
     print(f"perplexity {s['perplexity']:.2f} per token, {s['word_perplexity']:.2f} per word, {s['bits_per_byte']:.3f} bits per byte; everything is kept in {run}")
 
-# %% ../nbs/appendix/command_line.ipynb #ca2d187f
+# %% ../nbs/appendix/command_line.ipynb #8cfeebba
 def evaluate_command(cfg: Namespace) -> None:
     "One split, read whole."
     run = load_run(cfg.RUN)

@@ -43,7 +43,7 @@ def is_hub_name(
     found = name.split("/")
     return len(found) == parts and all(len(part) <= 96 and re.fullmatch(r"\w(\.?[\w-])*", part, re.ASCII) for part in found)
 
-# %% ../nbs/00_data.ipynb #a6e881bc
+# %% ../nbs/00_data.ipynb #7f5a2277
 @dataclass
 class DataConfig:
     "Which text, which tokenizer, and where both are kept."
@@ -196,7 +196,7 @@ def train_bpe(
     check(found == vocab_size, f"data.vocab_size is {vocab_size}, but the text has only {found} different pieces: give {found} or less")
     return tokenizer
 
-# %% ../nbs/00_data.ipynb #0185fde1
+# %% ../nbs/00_data.ipynb #2d995d56
 def hub_tokenizer(
     name: str,  # `owner/name` on the Hub, or a folder
 ) -> Tokenizer:

@@ -25,7 +25,7 @@ from .block import ACTIVATIONS, Block
 from .data import InputError, check, hub_error, is_hub_name
 from .embeddings import Embeddings
 
-# %% ../nbs/04_model.ipynb #1019779b
+# %% ../nbs/04_model.ipynb #2d19c347
 @dataclass
 class ModelConfig:
     "The shape of the model."
@@ -252,7 +252,7 @@ def hf_shape(
         check(V == cfg.vocab_size, f"{file} has {V} tokens, but the vocab_size in config.json is {cfg.vocab_size}: it belongs to another model")
     return cfg
 
-# %% ../nbs/04_model.ipynb #1314bff6
+# %% ../nbs/04_model.ipynb #3dce4108
 def read_hf_weights(
     folder: Path,
 ) -> dict[str, torch.Tensor]:  # GPT-2's names -> tensors

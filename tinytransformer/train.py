@@ -13,7 +13,7 @@ __all__ = ['CONFIGS', 'STOP_SIGNALS', 'WHOLE', 'MAY_CHANGE', 'START', 'TrainConf
            'refuse', 'explained', 'summary', 'train_run', 'begun_from', 'first_weights', 'whole_model', 'begin',
            'finish', 'Run', 'load_run', 'trained_tiny']
 
-# %% ../nbs/05_train.ipynb #d624e5f1
+# %% ../nbs/05_train.ipynb #5bcde0d9
 import copy, inspect, io, json, math, os, platform, random, re, shlex, signal, subprocess, sys, threading, time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -525,7 +525,7 @@ def read_checkpoint(
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the checkpoint {folder} is missing or damaged ({reason})") from error
 
-# %% ../nbs/05_train.ipynb #c60a4afb
+# %% ../nbs/05_train.ipynb #275bcd9a
 def load_weights(
     model: Transformer,
     weights: dict[str, torch.Tensor],  # name -> tensor; a tied matrix is there once
@@ -552,7 +552,7 @@ def say(message: str) -> None:
     "Tell whoever is watching, above a progress bar."
     if processes().is_main_process: tqdm.write(message, file=sys.stderr)
 
-# %% ../nbs/05_train.ipynb #bce15632
+# %% ../nbs/05_train.ipynb #b9967fe0
 MAY_CHANGE = {"data.data_dir"} | {f"train.{name}" for name in "max_steps micro_batches eval_every patience precision compile skip_non_finite track".split()}
 
 def unchanged(
@@ -566,7 +566,7 @@ def unchanged(
         was, value = old.get(section, {}).get(field, getattr(defaults[section], field, None)), new[section][field]
         check(was == value or f"{section}.{field}" in MAY_CHANGE, f"{run} was begun with {section}.{field} {was}, not {value}: leave it as it was, or start a new run")
 
-# %% ../nbs/05_train.ipynb #072013c5
+# %% ../nbs/05_train.ipynb #705094b4
 START = "start.safetensors"  # in a run that begins from a GPT-2: its weights, so that the run never needs them from elsewhere
 
 def read_start(run: Path) -> dict[str, torch.Tensor]:
@@ -834,7 +834,7 @@ def summary(
     return dict(steps=steps, best_step=best["step"], val_loss=best["val_loss"], **perplexities(best["val_loss"], corpus.about["validation"]),
                 floor=corpus.floor("validation"), data=corpus.fingerprint)
 
-# %% ../nbs/05_train.ipynb #b572b3c9
+# %% ../nbs/05_train.ipynb #6a4a19a3
 def train_run(
     run: Path,  # its folder: a new or empty one, or with `resume` that of a run already begun
     data: DataConfig,
@@ -980,7 +980,7 @@ def load_run(
     check(found == V, f"{folder/'tokenizer.json'} has {found} tokens, but the model was made for {V}: it belongs to another run")
     return Run(folder, config, model.eval(), tokenizer, saved.info)
 
-# %% ../nbs/05_train.ipynb #12994fa8
+# %% ../nbs/05_train.ipynb #c88d21de
 def trained_tiny(
     root: str | Path = "..",  # the project: holds data/ and runs/
 ) -> Run:
@@ -994,5 +994,9 @@ def trained_tiny(
     run.parent.mkdir(exist_ok=True)
     with FileLock(f"{run}.lock"):
         if not run.exists():
-            with whole_folder(run) as folder: train_run(folder, data, model, train)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(2)  # the same sums in the same order, however many cores there are
+            try:
+                with whole_folder(run) as folder: train_run(folder, data, model, train)
+            finally: torch.set_num_threads(threads)
     return load_run(run)
