@@ -24,7 +24,7 @@ setup(
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
     package_data={cfg["lib_name"]: ["configs/*.yaml", "*.js", "*.html"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("live", "track", "serve", "dev")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("live", "track", "serve", "docs", "dev")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     classifiers=["Development Status :: 3 - Alpha", f"Intended Audience :: {cfg['audience']}", f"Natural Language :: {cfg['language']}", "Programming Language :: Python :: 3"],
 )

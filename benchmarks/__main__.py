@@ -166,11 +166,20 @@ def main() -> None:
     parser.add_argument("--mingpt", help="the same for minGPT")
     parser.add_argument("--litgpt", help="a Python that has litgpt, which wants other versions than we do")
     parser.add_argument("--hub", action="store_true", help="tokenize WikiText-2 too, which comes from the Hugging Face Hub")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="only cases whose name contains this; the others stay as they were")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     parser.add_argument("--quiet", action=argparse.BooleanOptionalAction, default=True, help="hide what the libraries print")
     args = parser.parse_args()
-    rows = []
+    def of(name):
+        try: return version(name)
+        except PackageNotFoundError: return None
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
+    about = dict(machine=f"{args.threads} threads of {os.cpu_count()} cores, {cpu}", python=platform.python_version(), versions={name: of(name) for name in ("torch", "transformers", "x-transformers")})
+    path, old, rows = HERE/"results"/"speed.json", [], []
+    if args.only and not args.quick:
+        before = json.loads(path.read_text())
+        if {key: before[key] for key in about} != about: sys.exit(f"{path} is from another machine or other versions: measure everything, without --only")
+        old = before["rows"]
     for case in cases(args.quick):
         if args.only not in case["name"]: continue
         rows += race(case, args)
@@ -180,14 +189,11 @@ def main() -> None:
     if args.only in "products": rows += products(args.threads)
     if args.only in "scale": rows += scale(args.threads, args.quick)
     print(table([row for row in rows if "times_ours" not in row]), flush=True)
-    if args.quick or args.only: return
-    def of(name):
-        try: return version(name)
-        except PackageNotFoundError: return None
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    about = dict(date=str(date.today()), machine=f"{args.threads} threads of {os.cpu_count()} cores, {cpu}", python=platform.python_version(), versions={name: of(name) for name in ("torch", "transformers", "x-transformers")}, rows=rows)
-    (HERE/"results"/"speed.json").write_text(json.dumps(about, indent=1) + "\n")
-    (HERE/"results"/"speed.md").write_text(f"Measured on {about['date']}: {about['machine']}, " + ", ".join(f"{k} {v}" for k, v in about["versions"].items()) + ".\n\n" + table(rows) + "\n")
+    if args.quick: return
+    for row in rows: row["date"] = str(date.today())
+    rows = [row for row in old if row["case"] not in {r["case"] for r in rows}] + rows
+    path.write_text(json.dumps(about | dict(rows=rows), indent=1) + "\n")
+    (HERE/"results"/"speed.md").write_text(f"Measured on {about['machine']}, " + ", ".join(f"{k} {v}" for k, v in about["versions"].items()) + ", last on " + max(row["date"] for row in rows) + ".\n\n" + table(rows) + "\n")
     picture(rows, HERE/"results"/"speed.png")
 
 

@@ -9,8 +9,8 @@ from conftest import ROOT
 
 PAGES = sorted(path for path in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 NAMES = [str(path.relative_to(ROOT/"nbs")) for path in PAGES]
-KNOWN = {"project": {"type"}, "format": {"html"}, "website": {"page-navigation", "search", "sidebar"}, "metadata-files": None}  # of _quarto.yml, as Quarto's reference has them
-KNOWN_HTML = {"theme", "toc", "code-fold", "code-copy", "html-math-method"}
+KNOWN = {"project": {"type"}, "format": {"html", "ipynb"}, "website": {"page-navigation", "search", "sidebar"}, "metadata-files": None}  # of _quarto.yml, as Quarto's reference has them
+KNOWN_HTML = {"theme", "toc", "code-fold", "code-copy", "html-math-method", "format-links"}
 
 
 def cells(page: Path) -> list[dict]: return json.loads(page.read_text())["cells"]
@@ -94,7 +94,7 @@ def test_sidebar_lists_every_page():
         elif isinstance(entry, list): yield from (f for e in entry for f in files(e))
         else: yield from files(entry.get("href") or entry.get("contents"))
     listed = list(files(config["website"]["sidebar"]["contents"]))
-    assert sorted(listed) == sorted(NAMES) and listed[0] == "index.ipynb"
+    assert sorted(listed) == sorted([*NAMES, "changelog.md"]) and (ROOT/"nbs"/"changelog.md").exists() and listed[0] == "index.ipynb"
     assert [f for f in listed if re.match(r"\d\d_", f)] == sorted(f for f in NAMES if re.match(r"\d\d_", f))  # chapters in order
 
 
@@ -102,6 +102,7 @@ def test_quarto_knows_the_keys():
     config = yaml.safe_load((ROOT/"_quarto.yml").read_text())
     assert config.keys() <= KNOWN.keys() and all(allowed is None or config[key].keys() <= allowed for key, allowed in KNOWN.items() if key in config)
     assert config["format"]["html"].keys() <= KNOWN_HTML and config["format"]["html"]["html-math-method"] == "mathml"  # formulas without a network
+    assert config["format"]["html"]["format-links"] == ["ipynb"] and "ipynb" in config["format"]  # each notebook can be downloaded from its page
 
 
 @pytest.mark.skipif(not shutil.which("quarto"), reason="Quarto is not installed: the real site is not rendered")
