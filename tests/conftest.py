@@ -67,11 +67,11 @@ def launch():
 
 
 @contextmanager
-def jupyter_lab(folder: Path) -> Iterator[str]:
-    "JupyterLab in `folder`, on a free port of this machine: its address; the token is abc."
+def jupyter_lab(folder: Path, *begin: str) -> Iterator[str]:
+    "JupyterLab in `folder`, on a free port of this machine: its address; the token is abc. What it says is in `log`, and what it would have a browser open in `runtime/`."
     with (folder/"log").open("w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.port=0", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=abc", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
-                                  cwd=folder, stderr=log, stdout=log)
+        server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", *begin, "--no-browser", "--allow-root", "--ServerApp.port=0", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=abc", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
+                                  cwd=folder, stderr=log, stdout=log, env=os.environ | dict(JUPYTER_RUNTIME_DIR=str(folder/"runtime")))
     for _ in range(600):
         if server.poll() is not None or (found := re.search(r"http://127\.0\.0\.1:\d+", (folder/"log").read_text())): break
         time.sleep(0.1)

@@ -15,7 +15,7 @@ CHAPTERS = "data embeddings attention block model train generate".split()
 def copy(tmp_path):
     "What nbdev reads and writes, in a folder of its own."
     for name in ("nbs", "tinytransformer"): shutil.copytree(ROOT/name, tmp_path/name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("settings.ini", "pyproject.toml", "setup.py", "README.md", "_quarto.yml"): shutil.copy(ROOT/name, tmp_path)
+    for name in ("settings.ini", "pyproject.toml", "setup.py", "README.md", "CHANGELOG.md", "_quarto.yml"): shutil.copy(ROOT/name, tmp_path)
     return tmp_path
 
 

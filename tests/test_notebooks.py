@@ -5,6 +5,8 @@ import nbdev.test
 import pytest
 from conftest import ROOT
 from execnb.shell import CaptureShell
+from tinytransformer.data import digest
+from tinytransformer.train import trained_tiny
 
 NOTEBOOKS = sorted((ROOT/"nbs").rglob("*.ipynb"), key=lambda path: (path.stem not in ("05_train", "06_generate", "attention_map"), path))  # these wait for a training: begin with them
 
@@ -16,7 +18,12 @@ def said(cell: dict) -> str:
         data = output.get("data", {})
         if output.get("name") == "stdout": parts += output["text"]
         elif not {"image/png", "text/html"} & data.keys(): parts += data.get("text/markdown", data.get("text/plain", ""))
-    return " ".join(re.sub(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?", "#", "".join(parts)).split())
+    return " ".join(re.sub(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?", "#", re.sub("<Figure size .*>", "", "".join(parts))).split())
+
+
+def weights() -> str:
+    "What 05 prints of them."
+    return digest((trained_tiny(ROOT).folder/"best/model.safetensors").read_bytes())
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -29,6 +36,7 @@ def test_notebook(path, capfd, monkeypatch):
     monkeypatch.setattr(nbdev.test, "CaptureShell", Shell)
     passed, _ = nbdev.test.test_nb(path, skip_flags=["notest"], basepath=ROOT)
     assert passed, capfd.readouterr().err
-    saved = {cell["id"]: said(cell) for cell in json.loads(path.read_text())["cells"]}
-    other = {cell.id: (saved[cell.id], said(cell)) for cell in ran[0].cells if said(cell) != saved[cell.id]}
-    assert not other, f"cells that show something else than what is saved: {other}"
+    saved, now = ([cell for cell in cells if cell["cell_type"] == "code"] for cells in (json.loads(path.read_text())["cells"], ran[0].cells))
+    if "trained_tiny(" in path.read_text() and f"weights {weights()}" not in (ROOT/"nbs"/"05_train.ipynb").read_text(): pytest.skip("this processor rounds in another way, tiny is another model here, and its words are not those that are saved")
+    other = [(said(a), said(b)) for a, b in zip(saved, now, strict=True) if said(a) != said(b)]
+    assert not other, f"what is saved, and what the code says now: {other}"

@@ -108,7 +108,7 @@ def test_quarto_knows_the_keys():
 @pytest.mark.skipif(not shutil.which("quarto"), reason="Quarto is not installed: the real site is not rendered")
 def test_site_renders(tmp_path):
     for name in ("nbs", "tinytransformer"): shutil.copytree(ROOT/name, tmp_path/name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("settings.ini", "pyproject.toml", "setup.py", "README.md", "_quarto.yml"): shutil.copy(ROOT/name, tmp_path)
+    for name in ("settings.ini", "pyproject.toml", "setup.py", "README.md", "CHANGELOG.md", "_quarto.yml"): shutil.copy(ROOT/name, tmp_path)
     subprocess.run([Path(sys.executable).with_name("nbdev_docs")], cwd=tmp_path, check=True)
     assert all((tmp_path/"_docs"/name).with_suffix(".html").exists() for name in NAMES)
 
