@@ -30,11 +30,16 @@ def cases(quick: bool) -> list[dict]:
                   dict(name=f"training {size}, bf16, peers compiled", rounds=5, peers=some, compile_peers=True, **TRAIN | shape | dict(precision="bf16"))]
         found += [dict(name=f"training {size}, {kind}, our flags for all", rounds=5, peers=some, **TRAIN | shape | dict(flags="ours", precision=kind)) for kind in ("fp32", "bf16")]
     found += [dict(name="training small, dropout 0.2, fp32", rounds=5, peers=some, **TRAIN | SMALL | dict(dropout=0.2)),
+              dict(name="training small, dropout 0.2, fp32, our flags for all", rounds=5, peers=some, **TRAIN | SMALL | dict(dropout=0.2, flags="ours")),
               dict(name="training small, dropout 0.2, bf16", rounds=5, peers=some, **TRAIN | SMALL | dict(dropout=0.2, precision="bf16"))]
     room = SMALL | dict(T=1040)
     for precision in ("fp32", "bf16"):
         found += [dict(name=f"1 prompt, {n} tokens, greedy, {precision}", rounds=5, peers=["transformers"] + ["x-transformers"] * (n == 128) + ["nanoGPT"] * (n == 128), **GENERATE | room | dict(B=1, new=n, precision=precision)) for n in (128, 512, 1024)]
         found += [dict(name=f"16 prompts, {n} tokens, sampled, {precision}", rounds=3, peers=["transformers"], **GENERATE | room | dict(B=16, new=n, greedy=False, precision=precision)) for n in (128, 512)]
+        found += [dict(name=f"1 prompt, 128 tokens, sampled, {precision}", rounds=5, peers=["transformers"], **GENERATE | room | dict(B=1, new=128, greedy=False, precision=precision)),
+                  dict(name=f"16 prompts, 128 tokens, greedy, {precision}", rounds=3, peers=["transformers"], **GENERATE | room | dict(B=16, new=128, precision=precision)),
+                  dict(name=f"1 prompt, 128 tokens, greedy, {precision}, our flags for all", rounds=5, peers=["transformers"], **GENERATE | room | dict(B=1, new=128, precision=precision, flags="ours")),
+                  dict(name=f"16 prompts, 128 tokens, sampled, {precision}, our flags for all", rounds=3, peers=["transformers"], **GENERATE | room | dict(B=16, new=128, greedy=False, precision=precision, flags="ours"))]
     for name, values in dict(T=(512, 2048), L=(2, 16), V=(1000, 8000), B=(1, 64)).items():
         found += [dict(name=f"growth: {name} = {value}", rounds=2, peers=["nanoGPT"], **TRAIN | SMALL | {name: value} | (dict(B=max(1, 4096 // value)) if name == "T" else {})) for value in values]
     return found
