@@ -293,7 +293,7 @@ def look(
 ) -> Look:
     "Run the model once, without dropout, and keep what its heads saw and said."
     x, parts, was_training = torch.tensor([list(ids)], device=next(model.parameters()).device), [], model.training
-    keep = [block.attention.qkv.register_forward_hook(lambda module, args, output, a=block.attention: parts.append(torch.stack([a.split_heads(p)[0] for p in output.chunk(3, dim=-1)]))) for block in model.blocks]
+    keep = [block.attention.register_forward_pre_hook(lambda attention, args: parts.append(torch.stack([p[0] for p in attention.queries_keys_values(args[0])]))) for block in model.blocks]
     try:
         with silenced(model.eval(), off): logits, weights = model(x, return_weights=True)
     finally:

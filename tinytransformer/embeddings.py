@@ -42,20 +42,29 @@ def check_ids(
 class Embeddings(nn.Module):
     "Token embedding plus learned position embedding: ids (B, T) -> vectors (B, T, C)."
     def __init__(self,
-        vocab_size: int,       # V, number of different tokens
-        seq_len: int,          # the longest T
-        embed_dim: int,        # C
-        dropout: float = 0.0,  # share of values zeroed while training
+        vocab_size: int,         # V, number of different tokens
+        seq_len: int,            # the longest T
+        embed_dim: int,          # C
+        dropout: float = 0.0,    # share of values zeroed while training
+        positions: bool = True,  # False: tokens alone, where attention learns the order in another way
     ):
         super().__init__()
+        self.seq_len = seq_len
         self.token = nn.Embedding(vocab_size, embed_dim)
-        self.position = nn.Embedding(seq_len, embed_dim)
+        self.position = nn.Embedding(seq_len, embed_dim) if positions else None
         self.dropout = Dropout(dropout)
+
+    def at(self,
+        x: torch.Tensor,       # (B, T) token ids
+        places: torch.Tensor,  # (T,) or (B, T) where they stand
+    ) -> torch.Tensor:         # (B, T, C)
+        "The vectors of tokens at any places, without dropout."
+        return self.token(x) if self.position is None else self.token(x) + self.position(places)
 
     def forward(self,
         x: torch.Tensor,  # (B, T) token ids
     ) -> torch.Tensor:    # (B, T, C)
-        T, context = x.shape[1], self.position.num_embeddings
-        check(T <= context, f"{T} tokens do not fit into the context of {context}: give at most {context}")
+        T = x.shape[1]
+        check(T <= self.seq_len, f"{T} tokens do not fit into the context of {self.seq_len}: give at most {self.seq_len}")
         if x.device.type == "cpu": check_ids(x, self.token.num_embeddings)  # on a GPU the look would stall it, and the lookup itself fails
-        return self.dropout(self.token(x) + self.position(torch.arange(T, device=x.device)))
+        return self.dropout(self.at(x, torch.arange(T, device=x.device)))

@@ -200,9 +200,9 @@ def extend(
     seen, rows = int(places.max()) + 1, torch.arange(B, device=ids.device)
     check(seen <= cache.kv.shape[4], f"{seen} tokens do not fit into a cache for {cache.kv.shape[4]}: make a larger one")
     mask = (torch.arange(seen, device=ids.device) <= places[:, :, None])[:, None]               # (B, 1, t, seen)
-    h = model.embeddings.token(ids) + model.embeddings.position(places)                         # (B, t, C)
+    h = model.embeddings.at(ids, places)                                                        # (B, t, C)
     for block, (keys, values) in zip(model.blocks, cache.kv):                                   # (B, H, capacity, D) each
-        q, k, v = (block.attention.split_heads(part) for part in block.attention.qkv(block.norm1(h)).chunk(3, dim=-1))  # (B, H, t, D)
+        q, k, v = block.attention.queries_keys_values(block.norm1(h), places)                   # (B, H, t, D)
         keys[rows[:, None], :, places], values[rows[:, None], :, places] = k.transpose(1, 2), v.transpose(1, 2)
         heads = F.scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen], attn_mask=mask)
         h = h + block.attention.proj(heads.transpose(1, 2).flatten(2))

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .block import ACTIVATIONS, Block
+from .block import ACTIVATIONS, NORMS, Block, swiglu_dim
 from .data import InputError, check, hub_error, is_hub_name
 from .embeddings import Embeddings
 
@@ -34,23 +34,30 @@ class ModelConfig:
     embed_dim: int = 128           # C
     num_heads: int = 4             # H, must divide embed_dim
     num_layers: int = 4            # blocks
-    dropout: float = 0.0           # share of values zeroed while training
+    dropout: float = 0.0           # share of values zeroed while training, where nothing else is said
+    attention_dropout: float | None = None  # of the attention weights
+    embedding_dropout: float | None = None  # of what goes into the first block
     tie_weights: bool = False      # use the token embedding as the output projection too
-    activation: str = "relu"       # of the feed-forward networks: relu, or gelu as in GPT-2
-    from_hf: str | None = None     # begin with the weights of this GPT-2: a folder, or a name on the Hub; it brings its tokenizer and decides the fields above, but for seq_len and dropout
+    activation: str = "relu"       # of the feed-forward networks: relu, gelu as in GPT-2, or swiglu
+    norm: str = "layer"            # layer, or rms
+    positions: str = "learned"     # learned, or rotary
+    from_hf: str | None = None     # begin with the weights of this GPT-2: a folder, or a name on the Hub; it brings its tokenizer and decides the fields above, but for seq_len and the dropouts
 
     def __post_init__(self):
         for name in ("seq_len", "embed_dim", "num_heads", "num_layers"):
             check(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: give at least 1")
         check(self.vocab_size is None or self.vocab_size >= 2, f"model.vocab_size is {self.vocab_size}: give at least 2")
         check(self.embed_dim % self.num_heads == 0, f"model.num_heads {self.num_heads} does not divide model.embed_dim {self.embed_dim}: choose a divisor")
-        check(0 <= self.dropout < 1, f"model.dropout is {self.dropout}: give 0 or more, and less than 1")
-        check(self.activation in ACTIVATIONS, f"model.activation is {self.activation!r}: give {' or '.join(ACTIVATIONS)}")
+        for name in ("dropout", "attention_dropout", "embedding_dropout"):
+            check(0 <= (getattr(self, name) or 0) < 1, f"model.{name} is {getattr(self, name)}: give 0 or more, and less than 1")
+        for name, known in dict(activation=(*ACTIVATIONS, "swiglu"), norm=NORMS, positions=("learned", "rotary")).items():
+            check(getattr(self, name) in known, f"model.{name} is {getattr(self, name)!r}: give {' or '.join(known)}")
+        check(self.positions == "learned" or self.head_dim % 2 == 0, f"a head has {self.head_dim} numbers, but rotary positions turn pairs: choose another model.num_heads or model.embed_dim")
 
     @property
     def head_dim(self) -> int: return self.embed_dim // self.num_heads
     @property
-    def ffn_dim(self) -> int: return 4 * self.embed_dim
+    def ffn_dim(self) -> int: return swiglu_dim(self.embed_dim) if self.activation == "swiglu" else 4 * self.embed_dim
 
 # %% ../nbs/04_model.ipynb #64eba510
 INIT_STD = 0.02
@@ -73,13 +80,14 @@ class Transformer(nn.Module):
         super().__init__()
         check(cfg.vocab_size is not None, "model.vocab_size is not known yet: take it from the tokenizer")
         self.cfg = cfg
-        self.embeddings = Embeddings(cfg.vocab_size, cfg.seq_len, cfg.embed_dim, cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg.embed_dim, cfg.num_heads, cfg.dropout, cfg.activation) for _ in range(cfg.num_layers))
-        self.norm = nn.LayerNorm(cfg.embed_dim)
+        rotary, noise = cfg.positions == "rotary", cfg.dropout if cfg.embedding_dropout is None else cfg.embedding_dropout
+        self.embeddings = Embeddings(cfg.vocab_size, cfg.seq_len, cfg.embed_dim, noise, positions=not rotary)
+        self.blocks = nn.ModuleList(Block(cfg.embed_dim, cfg.num_heads, cfg.dropout, cfg.activation, cfg.norm, rotary, cfg.attention_dropout) for _ in range(cfg.num_layers))
+        self.norm = NORMS[cfg.norm](cfg.embed_dim)
         self.head = nn.Linear(cfg.embed_dim, cfg.vocab_size, bias=False)
         self.apply(init_weights)
         for name, weight in self.named_parameters():  # each block adds to the stream twice: start those additions smaller
-            if name.endswith(("attention.proj.weight", "ffn.2.weight")): nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * cfg.num_layers))
+            if name.endswith(("attention.proj.weight", "ffn.2.weight", "ffn.down.weight")): nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * cfg.num_layers))
         if cfg.tie_weights: self.head.weight = self.embeddings.token.weight
 
     def forward(self,
@@ -116,9 +124,9 @@ def parameter_formula(
     cfg: ModelConfig,
 ) -> dict[str, int]:  # part -> numbers
     "The same count from the shapes alone."
-    V, T, C, N = cfg.vocab_size, cfg.seq_len, cfg.embed_dim, cfg.num_layers
-    return {"token embedding": V * C, "position embedding": T * C,
-            "attention": N * (4 * C * C + 4 * C), "feed-forward": N * (8 * C * C + 5 * C), "layer norms": (2 * N + 1) * 2 * C,
+    V, T, C, N, F, ways = cfg.vocab_size, cfg.seq_len, cfg.embed_dim, cfg.num_layers, cfg.ffn_dim, 2 if cfg.activation == "swiglu" else 1  # into the middle
+    return {"token embedding": V * C, "position embedding": T * C if cfg.positions == "learned" else 0,
+            "attention": N * (4 * C * C + 4 * C), "feed-forward": N * ((ways + 1) * C * F + ways * F + C), "layer norms": (2 * N + 1) * (2 if cfg.norm == "layer" else 1) * C,
             "head": 0 if cfg.tie_weights else V * C}
 
 # %% ../nbs/04_model.ipynb #5623eb55
@@ -127,8 +135,8 @@ def flops_per_token(
     T: int,  # tokens in the sequence
 ) -> dict[str, int]:  # part -> floating point operations
     "Multiply-adds of the forward pass, two operations each; every query meets every key, as the plain path computes them."
-    V, C, N = cfg.vocab_size, cfg.embed_dim, cfg.num_layers
-    return {"attention projections": N * 2 * 4 * C * C, "attention scores and mix": N * 2 * 2 * T * C, "feed-forward": N * 2 * 8 * C * C, "head": 2 * C * V}
+    V, C, N, matrices = cfg.vocab_size, cfg.embed_dim, cfg.num_layers, 3 if cfg.activation == "swiglu" else 2
+    return {"attention projections": N * 2 * 4 * C * C, "attention scores and mix": N * 2 * 2 * T * C, "feed-forward": N * 2 * matrices * C * cfg.ffn_dim, "head": 2 * C * V}
 
 # %% ../nbs/04_model.ipynb #45a9fddf
 class HeadLoss(torch.autograd.Function):
@@ -311,9 +319,12 @@ def to_hf(
     "Hugging Face's GPT-2 with our weights: what `transformers` and all that stands on it can use."
     from transformers import GPT2Config, GPT2LMHeadModel
     cfg = model.cfg
+    for name, known in dict(activation=HF_ACTIVATIONS.values(), norm=["layer"], positions=["learned"]).items():
+        check(getattr(cfg, name) in known, f"this model has model.{name} {getattr(cfg, name)!r}, which GPT-2 has not: train one with {' or '.join(dict.fromkeys(known))} to take it there")
     activation = next(theirs for theirs, ours in HF_ACTIVATIONS.items() if ours == cfg.activation)
     twin = GPT2LMHeadModel(GPT2Config(vocab_size=cfg.vocab_size, n_positions=cfg.seq_len, n_embd=cfg.embed_dim, n_head=cfg.num_heads, n_layer=cfg.num_layers, activation_function=activation,
-                                      tie_word_embeddings=cfg.tie_weights, resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout, attn_pdrop=cfg.dropout, bos_token_id=None, eos_token_id=None)).eval()
+                                      tie_word_embeddings=cfg.tie_weights, resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout if cfg.embedding_dropout is None else cfg.embedding_dropout,
+                                      attn_pdrop=cfg.dropout if cfg.attention_dropout is None else cfg.attention_dropout, bos_token_id=None, eos_token_id=None)).eval()
     weights = dict(model.named_parameters())
     with torch.no_grad():
         for name, there in hf_names(cfg).items(): twin.get_parameter(there).copy_(weights[name].T if turned(name) else weights[name])

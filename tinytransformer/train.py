@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'STOP_SIGNALS', 'WHOLE', 'MAY_CHANGE', 'START', 'TrainConfig', 'config_file', 'read_config', 'make_config',
-           'make_optimizer', 'batches', 'learning_rate', 'lr_range_test', 'plot_lr_range', 'windows', 'evaluate',
-           'perplexities', 'first_not_finite', 'on_cpu', 'processes', 'make_accelerator', 'fast_products', 'train_step',
-           'Progress', 'Stopped', 'noted_signals', 'agreed', 'memory_mb', 'progress_bar', 'Diverged', 'fit',
-           'random_state', 'set_random_state', 'Elsewhere', 'on_main', 'unwrapped', 'save_checkpoint', 'Checkpoint',
-           'read_checkpoint', 'load_weights', 'restore', 'say', 'unchanged', 'read_start', 'Checkpoints', 'environment',
-           'git_commit', 'read_rows', 'read_json', 'JsonLines', 'plot_metrics', 'live_curve', 'Trackers', 'run_lock',
-           'refuse', 'explained', 'summary', 'train_run', 'begun_from', 'first_weights', 'whole_model', 'begin',
-           'finish', 'Run', 'load_run', 'trained_tiny']
+           'make_optimizer', 'Together', 'batches', 'learning_rate', 'lr_range_test', 'plot_lr_range', 'windows',
+           'evaluate', 'perplexities', 'first_not_finite', 'on_cpu', 'processes', 'make_accelerator', 'fast_products',
+           'train_step', 'Progress', 'Stopped', 'noted_signals', 'agreed', 'memory_mb', 'progress_bar', 'Diverged',
+           'fit', 'random_state', 'set_random_state', 'Elsewhere', 'on_main', 'unwrapped', 'save_checkpoint',
+           'Checkpoint', 'read_checkpoint', 'load_weights', 'restore', 'say', 'unchanged', 'read_start', 'Checkpoints',
+           'environment', 'git_commit', 'read_rows', 'read_json', 'JsonLines', 'plot_metrics', 'live_curve', 'Trackers',
+           'run_lock', 'refuse', 'explained', 'summary', 'train_run', 'begun_from', 'first_weights', 'whole_model',
+           'begin', 'finish', 'Run', 'load_run', 'trained_tiny']
 
 # %% ../nbs/05_train.ipynb #5bcde0d9
 import copy, inspect, io, json, math, os, platform, random, re, shlex, signal, subprocess, sys, threading, time
@@ -52,6 +52,7 @@ from .model import ModelConfig, Transformer, hf_folder, hf_shape, next_token_los
 @dataclass
 class TrainConfig:
     "How the model is trained."
+    optimizer: str = "adamw"      # adamw, or muon for the matrices inside the blocks and AdamW for the rest
     max_steps: int = 1000         # optimizer steps
     batch_size: int = 16          # B, blocks in a step, over all processes together
     micro_batches: int = 1        # parts that a process works through one by one to save memory; their gradients add up to the batch's
@@ -85,6 +86,7 @@ class TrainConfig:
         need("min_learning_rate weight_decay warmup_steps seed", lambda v: 0 <= v < math.inf, "0 or more")
         need("beta1 beta2 label_smoothing", lambda v: 0 <= v < 1, "0 or more, and less than 1")
         need("decay_share", lambda v: 0 <= v <= 1, "0 to 1")
+        need("optimizer", lambda v: v in ("adamw", "muon"), "adamw or muon")
         need("schedule", lambda v: v in ("cosine", "constant", "wsd"), "cosine, constant or wsd")
         need("precision", lambda v: v in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
         need("track", lambda v: set(v.split(",")) <= {"tensorboard", "mlflow"}, "tensorboard, mlflow, or both with a comma between")
@@ -133,12 +135,34 @@ def make_config(
 def make_optimizer(
     model: nn.Module,
     cfg: TrainConfig,
-) -> torch.optim.AdamW:
-    "AdamW (Loshchilov & Hutter, 2019) that decays matrices and leaves biases and norms alone."
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
+) -> torch.optim.Optimizer:
+    "AdamW (Loshchilov & Hutter, 2019) that decays matrices and leaves biases and norms alone; with `muon` the matrices inside the blocks get theirs from it."
+    inside = {name: p for name, p in model.named_parameters() if cfg.optimizer == "muon" and p.ndim == 2 and name.startswith("blocks.")}
+    matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and name not in inside]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)  # one kernel for all parameters
+    adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)  # one kernel for all parameters
+    return Together(torch.optim.Muon(inside.values(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw) if inside else adamw
+
+# %% ../nbs/05_train.ipynb #ee168d47
+class Together(torch.optim.Optimizer):
+    "Several optimizers, each with parameters of its own, that are stepped, saved and loaded as one."
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.share()
+
+    def share(self) -> None:
+        "Let every part use the groups and the memory of the whole."
+        groups = iter(self.param_groups)
+        for part in self.parts: part.param_groups, part.state = [next(groups) for _ in part.param_groups], self.state
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.share()
+
+    def step(self, closure: None = None) -> None:
+        for part in self.parts: part.step()
 
 # %% ../nbs/05_train.ipynb #041b7430
 def batches(
@@ -421,6 +445,7 @@ def fit(
     accelerator = accelerator or make_accelerator(cfg)
     model.recompute = cfg.recompute
     if cfg.compile: model.compile()
+    check(cfg.optimizer != "muon" or not accelerator.is_fsdp2, "train.optimizer is muon, which needs whole matrices, but FSDP cuts them: give adamw")
     net, optimizer = accelerator.prepare(model.train(), make_optimizer(model, cfg))
     at = checkpoints.load(model, optimizer) if checkpoints else Progress()
     train = Blocks(corpus.streams["train"], model.cfg.seq_len)
@@ -902,7 +927,7 @@ def begun_from(
         theirs, tokenizer = hf_shape(folder), str(folder.resolve()) if os.path.isdir(os.path.expanduser(model.from_hf)) else model.from_hf
         check((folder/"tokenizer.json").is_file(), f"{model.from_hf} holds no tokenizer.json, and its weights mean nothing without their tokenizer: save it there with its save_pretrained")
         check(model.seq_len <= theirs.seq_len, f"model.seq_len is {model.seq_len}, but {model.from_hf} has a context of {theirs.seq_len}: give at most that")
-    brought = dict(data=replace(data, tokenizer=tokenizer, vocab_size=theirs.vocab_size), model=replace(theirs, seq_len=model.seq_len, dropout=model.dropout, from_hf=model.from_hf))
+    brought = dict(data=replace(data, tokenizer=tokenizer, vocab_size=theirs.vocab_size), model=replace(theirs, from_hf=model.from_hf, **{name: getattr(model, name) for name in ("seq_len", "dropout", "attention_dropout", "embedding_dropout")}))
     for (section, field), before in {tuple(name.split(".")): dict(data=data, model=model) for name in typed}.items():
         mine, value = getattr(before[section], field), getattr(brought[section], field)
         check(mine == value, f"{section}.{field} is {mine}, but model.from_hf {model.from_hf} brings {value}: leave it out")
