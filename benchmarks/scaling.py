@@ -14,8 +14,8 @@ from tinytransformer.model import ModelConfig, Transformer, count_parameters
 from tinytransformer.train import TrainConfig, evaluate, fit
 
 HERE = Path(__file__).parent
-WIDE, DEEP, STEPS = 64, 2, 2000
-SWEEPS = dict(parameters=[(16, 2), (24, 2), (32, 2), (48, 2), (64, 2), (96, 2), (128, 2)], data=[1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], steps=[250, 500, 1000, 2000, 4000])
+WIDE, DEEP, STEPS = 64, 2, 1500
+SWEEPS = dict(parameters=[(width, 2) for width in (16, 24, 32, 48, 64, 96)], data=[1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1], steps=[190, 375, 750, 1500, 3000])
 
 
 def main() -> None:

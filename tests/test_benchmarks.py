@@ -4,6 +4,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
+from benchmarks import wikitext2
 from benchmarks.baselines import NGrams, compressed
 from conftest import ROOT
 
@@ -45,3 +47,39 @@ def test_n_grams(order):
 def test_compressors_learn_from_the_train_split():
     text = bytes(np.random.default_rng(0).integers(0, 256, 4000, np.uint8))
     assert compressed(lzma.compress, text, text) < 0.1 * compressed(lzma.compress, b"", text)
+
+
+def test_changes_on_wikitext2():
+    "Each row is a model that can be made, and differs from the one as it is in what it says and nothing else."
+    base = wikitext2.sections({})
+    for name, change in wikitext2.CHANGES.items():
+        settings = wikitext2.sections(change)
+        with torch.device("meta"): wikitext2.Transformer(settings[1])
+        other = {field for old, new in zip(base, settings) for field in old.__dataclass_fields__ if getattr(old, field) != getattr(new, field)}
+        assert other - {"min_learning_rate"} == change.keys() - {"average"}, name
+    assert len({str(change) for change in wikitext2.CHANGES.values()}) == len(wikitext2.CHANGES)
+
+
+def test_longer_windows_are_the_same_model():
+    torch.manual_seed(0)
+    model = wikitext2.Transformer(wikitext2.ModelConfig(vocab_size=50, seq_len=8, embed_dim=16, num_heads=2, num_layers=2, positions="rotary")).eval()
+    long, ids = wikitext2.longer(model, 2), torch.randint(50, (3, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(long(ids[:, :8]), model(ids[:, :8]))
+        assert long(ids).shape == (3, 16, 50)
+
+
+def test_mean_of_weights():
+    "The running mean follows its formula; the plain one is the mean."
+    for how, wanted in ((0.5, 0.5 * (0.5 * 1 + 0.5 * 2) + 0.5 * 4), ("last quarter", (1 + 2 + 4) / 3)):
+        model = torch.nn.Linear(1, 1, bias=False)
+        mean = wikitext2.averaging(how, model)
+        for value in (1.0, 2.0, 4.0):
+            torch.nn.init.constant_(model.weight, value)
+            mean.update_parameters(model)
+        assert mean.module.weight.item() == pytest.approx(wanted)
+
+
+def test_scaling_runs():
+    done = subprocess.run([sys.executable, "-m", "benchmarks.scaling", "--quick", "--threads", "1"], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0 and done.stdout.count("nats above the floor") == 3, done.stderr

@@ -120,6 +120,26 @@ def test_two_processes_killed(runs_of_two, kill):
     assert outcome(run) == outcome(runs_of_two/"runs/whole-two")
 
 
+SWITCHES = ["--train.optimizer", "muon", "--model.positions", "rotary", "--model.activation", "swiglu", "--model.norm", "rms", "--train.max_steps", "40"]
+
+
+def test_every_switch(runs):
+    "A run with Muon, rotary positions, SwiGLU and RMSNorm is stopped, goes on, and equals one that was not; it writes text, and GPT-2's form is refused in a line."
+    finish(start(runs, *TRAIN, *SWITCHES, "--folder", "runs/switched-whole"))
+    process = start(runs, *TRAIN, *SWITCHES, "--folder", "runs/switched")
+    wait_for_step(process, runs/"runs/switched", 23)
+    process.kill()
+    process.wait()
+    finish(start(runs, "train", "--resume", "runs/switched"))
+    assert outcome(runs/"runs/switched") == outcome(runs/"runs/switched-whole")
+    for name, launcher in (("one", ()), ("two", TORCHRUN)): finish(start(runs, *TRAIN, *SWITCHES, "--model.dropout", "0", "--folder", f"runs/switched-{name}", launcher=launcher))
+    one, two = ([json.loads(line)["loss"] for line in (runs/f"runs/switched-{name}/metrics.jsonl").open()] for name in ("one", "two"))
+    assert one[:10] == pytest.approx(two[:10], rel=1e-3) and one[-1] < 0.9 * one[0]
+    finish(start(runs, "generate", "runs/switched", "The", "--max_new_tokens", "5"))
+    refused = subprocess.run([COMMAND, "export", "runs/switched", "twin"], cwd=runs, capture_output=True, text=True)
+    assert refused.returncode != 0 and "GPT-2 has not" in refused.stderr and "Traceback" not in refused.stderr and not (runs/"twin").exists()
+
+
 def test_two_processes_equal_one(runs):
     "Half of each batch in each of two processes, with gradients in two parts: the same losses, over 50 steps and more, within float tolerance."
     same = ["--model.dropout", "0", "--train.max_steps", "60"]

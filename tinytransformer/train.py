@@ -157,8 +157,8 @@ class Together(torch.optim.Optimizer):
         groups = iter(self.param_groups)
         for part in self.parts: part.param_groups, part.state = [next(groups) for _ in part.param_groups], self.state
 
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
         self.share()
 
     def step(self, closure: None = None) -> None:
@@ -439,7 +439,7 @@ def fit(
     cfg: TrainConfig,
     log: Callable[[dict], None] = lambda row: None,  # gets the row of each step
     accelerator: Accelerator | None = None,          # left out, one process on the best device
-    checkpoints: "Checkpoints | None" = None,        # where to go on from, and what to go on from later
+    checkpoints=None,                                # a `Checkpoints` of below: where to go on from, and what to go on from later
 ) -> list[dict]:  # the rows: step, epoch, loss, learning_rate, grad_norm, tokens_per_second, memory_mb and, now and then, val_loss
     "Train `model` in place up to step `cfg.max_steps`, or until `cfg.patience` runs out. Raises `Diverged`; with `checkpoints` also `Stopped`, on Ctrl-C or SIGTERM."
     accelerator = accelerator or make_accelerator(cfg)
@@ -869,7 +869,7 @@ def train_run(
     log: Callable[[dict], None] = lambda row: None,         # gets the row of each step
     write: Callable[[Transformer], str] = lambda model: "",  # gives a text at each look at the validation split
     **others,              # further sections to keep with the run
-) -> "Run":
+):  # its `Run`
     "Prepare, train, and keep everything about it in the folder `run`."
     if model.from_hf: data, model = begun_from(data, model, run if resume else None)
     corpus = prepare(data)
