@@ -1,5 +1,8 @@
 """The pages, looked at where Quarto cannot be had: links, headings, pictures, formulas, and what the outputs say."""
-import json, re, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys, threading
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pypandoc
@@ -64,7 +67,7 @@ def test_page(page):
     assert pictures_without_words(all_cells) == []
     assert [found for c in all_cells if c["cell_type"] == "code" for o in c["outputs"] for found in debris(o)] == []
     first = source(all_cells[0])
-    assert re.match(r"# [^\n]+\n\n> [^\n]+", first) or page.name == "index.ipynb", "a page begins with its title and a line of description"
+    assert re.fullmatch(r"# [^\n]+\n\n> [^\n]+", first), "a page begins with a cell of its title and a line of description; nbdev makes front matter of it, and would lose what else stands there"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -105,12 +108,65 @@ def test_quarto_knows_the_keys():
     assert config["format"]["html"]["format-links"] == ["ipynb"] and "ipynb" in config["format"]  # each notebook can be downloaded from its page
 
 
+def html_name(name: str) -> str:
+    "Where nbdev puts a page: without the number of its chapter."
+    path = Path(name)
+    return str(path.with_name(re.sub(r"^\d+\w*?_", "", path.stem) + ".html"))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    "What nbdev needs of the project, in a folder of its own."
+    folder = tmp_path_factory.mktemp("site")
+    for name in ("nbs", "tinytransformer"): shutil.copytree(ROOT/name, folder/name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "pyproject.toml", "setup.py", "README.md", "CHANGELOG.md", "_quarto.yml"): shutil.copy(ROOT/name, folder)
+    return folder
+
+
+def test_nbdev_processes_every_page(project):
+    "What Quarto is given: every notebook, its reference filled in, its title as front matter and its opening still there."
+    done = subprocess.run([Path(sys.executable).with_name("nbdev_proc_nbs")], cwd=project, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(project)))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in NAMES:
+        front, *rest = cells(project/"_proc"/name)
+        assert front["cell_type"] == "raw" and {"title", "description", "output-file"} <= yaml.safe_load(source(front).strip().strip("-")).keys()
+        opening = source(cells(ROOT/"nbs"/name)[1])
+        assert opening.split(".")[0].split("](")[0][:60] in "".join(map(source, rest)), f"{name} has lost its opening"
+        shown = "".join("".join(o.get("data", {}).get("text/markdown", [])) for c in rest for o in c.get("outputs", []))
+        assert "!!!" not in shown and "concepts/" not in shown, f"{name} shows what another library says of itself"
+
+
 @pytest.mark.skipif(not shutil.which("quarto"), reason="Quarto is not installed: the real site is not rendered")
-def test_site_renders(tmp_path):
-    for name in ("nbs", "tinytransformer"): shutil.copytree(ROOT/name, tmp_path/name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("settings.ini", "pyproject.toml", "setup.py", "README.md", "CHANGELOG.md", "_quarto.yml"): shutil.copy(ROOT/name, tmp_path)
-    subprocess.run([Path(sys.executable).with_name("nbdev_docs")], cwd=tmp_path, check=True)
-    assert all((tmp_path/"_docs"/name).with_suffix(".html").exists() for name in NAMES)
+def test_site_renders(project, launch, tmp_path):
+    "Every page, on a wide and on a narrow screen: its title, no scrolling to the side, no failing script, nothing missing, and no foreign address but Quarto's two for widgets."
+    subprocess.run([Path(sys.executable).with_name("nbdev_docs")], cwd=project, check=True, env=os.environ | dict(PYTHONPATH=str(project)))
+    assert (project/"README.md").read_bytes() == (ROOT/"README.md").read_bytes()
+    context, wrong = launch(tmp_path, viewport=dict(width=1400, height=900)), []
+    with serving(project/"_docs") as address:
+        for name in [*map(html_name, NAMES), "changelog.html"]:
+            page = context.new_page()
+            page.on("pageerror", lambda e: wrong.append((name, str(e))))
+            page.on("response", lambda r: wrong.append((name, r.url)) if r.status >= 400 else None)
+            page.on("request", lambda r: wrong.append((name, r.url)) if not r.url.startswith((address, "data:", "blob:", "https://cdnjs.cloudflare.com/ajax/libs/require", "https://cdnjs.cloudflare.com/ajax/libs/jquery", "https://cdn.jsdelivr.net/npm/@jupyter-widgets/")) else None)
+            for width in (1400, 390):
+                page.set_viewport_size(dict(width=width, height=900))
+                page.goto(f"{address}/{name}")
+                assert page.locator("h1").count() == 1 and page.locator("main p").count() > 1, name
+                if (over := page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")) > 0: wrong.append((name, f"{over} pixels too wide on a screen of {width}"))
+            assert name == "changelog.html" or page.locator("a", has_text="Jupyter").count(), f"{name} has no link to its notebook"
+            page.close()
+    assert not wrong
+
+
+@contextmanager
+def serving(folder: Path):
+    "The address of a server of files."
+    class Silent(SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 def test_workflows():

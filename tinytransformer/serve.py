@@ -60,6 +60,7 @@ class ServeConfig:
 
 # %% ../nbs/appendix/serve.ipynb #c0c1b55b
 class Strict(BaseModel):
+    "A body of a request: its own fields and no others, each of its own type; null is a field's default."
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -157,6 +158,7 @@ class Problem(BaseModel):
     code: str | None
 
 class ProblemResponse(BaseModel):
+    "A refusal."
     error: Problem
 
 # %% ../nbs/appendix/serve.ipynb #18c1f753
