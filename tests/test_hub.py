@@ -1,5 +1,5 @@
 """The real download path, against the Hub or a mirror of it: `pytest --hub`."""
-import os, subprocess, sys, threading, urllib.error, urllib.request
+import json, math, os, subprocess, sys, threading, urllib.error, urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -52,6 +52,19 @@ def test_no_hub_afterwards(prepared):
     assert done.returncode == 0, done.stderr
     assert "entropy floor" not in done.stdout  # of real text it is not known
     assert {f: f.stat().st_mtime_ns for f in (folder/"data").rglob("*") if f.is_file() and f.name != ".lock"} == before
+
+
+@pytest.mark.parametrize("recipe", ["wikitext2-cpu", "wikitext2-gpu"])
+def test_recipes(prepared, recipe):
+    "The recipes on the word-level text: the published numbers of words, a vocabulary learned from it, and steps that Muon takes."
+    folder, _ = prepared
+    done = run(folder, f"train --config {recipe} --folder runs/{recipe} --train.max_steps 2 --train.warmup_steps 1 --train.batch_size 4 --train.eval_every 100 --train.compile false --model.seq_len 64 --model.embed_dim 16 --model.num_layers 1"
+                       " --model.num_heads 2 --sample.max_new_tokens 5")
+    assert done.returncode == 0, done.stderr
+    splits = json.loads((folder/"data/processed/wikitext-2-v1_bpe8192/about.json").read_text())["splits"]
+    assert {split: about["words"] for split, about in splits.items()} == dict(train=2_088_628, validation=217_646, test=245_569)
+    rows = [json.loads(line) for line in (folder/"runs"/recipe/"metrics.jsonl").open()]
+    assert len(rows) == 2 and abs(rows[0]["loss"] / math.log(8192) - 1) < 0.02 and rows[1]["loss"] < rows[0]["loss"] + 0.1
 
 
 class Faulty(BaseHTTPRequestHandler):
