@@ -107,8 +107,8 @@ def changes(args: argparse.Namespace) -> None:
         keep("changes", name, row | dict(minutes=args.minutes))
         print(f"{name:36} {row['parameters'] / 1e6:5.1f}M  {row['steps']:5} steps  {row['epochs']:.2f} epochs  validation {row['validation']:7.1f}", flush=True)
         if change: continue
-        for times in (1, 2, 4):  # each window begins half of the trained length after the last
-            value = word_perplexity(longer(model, times), corpus, "validation", model.cfg.seq_len // 2)
+        for times in (1, 2, 4):
+            value = word_perplexity(longer(model, times), corpus, "validation", times * model.cfg.seq_len // 2)  # each begins half of its length after the last
             keep("windows", f"{times * model.cfg.seq_len:,} tokens", dict(times=times, validation=value))
             print(f"windows of {times * model.cfg.seq_len} tokens, sliding: validation {value:.1f}", flush=True)
 
