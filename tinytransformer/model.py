@@ -94,16 +94,16 @@ class Transformer(nn.Module):
         x: torch.Tensor,               # (B, T) token ids
         return_weights: bool = False,  # also give the attention weights (num_layers, B, H, T, T)
         y: torch.Tensor | None = None, # (B, T) the tokens that came next: give the mean loss instead
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # logits (B, T, V), or a scalar
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # logits (B, T, V), or a scalar; and the weights, if asked for
         h, weights = self.embeddings(x), []
         for block in self.blocks:
             if return_weights:
                 h, w = block(h, return_weights=True)
                 weights.append(w)
             else: h = checkpoint(block, h, use_reentrant=False) if self.recompute and self.training else block(h)
-        if y is not None: return head_loss(self.norm(h), self.head.weight, y)
-        logits = self.head(self.norm(h))
-        return (logits, torch.stack(weights)) if return_weights else logits
+        h = self.norm(h)
+        answer = self.head(h) if y is None else head_loss(h, self.head.weight, y)
+        return (answer, torch.stack(weights)) if return_weights else answer
 
 # %% ../nbs/04_model.ipynb #3bd5a286
 def next_token_loss(
