@@ -82,7 +82,8 @@ def main() -> None:
     packed = {split: "".join(rows[split]["text"]).encode() for split in texts}
     for name, compress in (("gzip", lambda text: gzip.compress(text, 9, mtime=0)), ("xz", lambda text: lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))):
         began = time.perf_counter()
-        add(name, time.perf_counter() - began, {split: compressed(compress, packed["train"], packed[split]) for split in ("validation", "test")})
+        nats = {split: compressed(compress, packed["train"], packed[split]) for split in ("validation", "test")}
+        add(name, time.perf_counter() - began, nats)
     about = dict(date=str(date.today()), machine=f"{os.cpu_count()} cores, {platform.machine()}", dataset=args.dataset, subset=args.subset, words={split: len(text) for split, text in texts.items()}, vocabulary=len(vocabulary), rows=found)
     (HERE/"results"/"baselines.json").write_text(json.dumps(about, indent=1) + "\n")
     for row in found: print(f"{row['name']:20} validation {row['validation']:8.1f}  test {row['test']:8.1f}")
