@@ -45,6 +45,11 @@ def wrong_headings(text: str) -> list[str]:
     return wrong + [f"level {a} is followed by level {b}" for a, b in zip(levels, levels[1:]) if b > a + 1]
 
 
+def swallowed_lists(text: str) -> list[str]:
+    "Lists that follow a line of text at once: pandoc takes them for more of the paragraph."
+    return re.findall(r"(?m)^(?![-*] |\d+\. |\s|$).*\n((?:[-*]|\d+\.) \S.*)$", re.sub(r"```.*?```", "", text, flags=re.S))
+
+
 def debris(output: dict) -> list[str]:
     "What should not be in a saved output: paths of a machine, warnings, tracebacks, half a progress bar, foreign addresses."
     data = output.get("data", {})
@@ -64,6 +69,7 @@ def test_page(page):
     text, all_cells = prose(page), cells(page)
     assert broken_links(text, page) == []
     assert wrong_headings(text) == []
+    assert swallowed_lists(text) == []
     assert pictures_without_words(all_cells) == []
     assert [found for c in all_cells if c["cell_type"] == "code" for o in c["outputs"] for found in debris(o)] == []
     first = source(all_cells[0])
@@ -82,6 +88,7 @@ def test_the_checks_can_fail(tmp_path):
     page = ROOT/"nbs"/"index.ipynb"
     assert broken_links("[a](nowhere.ipynb) [b](00_data.ipynb#no-such-heading) `[c](code)` [d](00_data.ipynb)", page) == ["nowhere.ipynb", "00_data.ipynb#no-such-heading"]
     assert wrong_headings("## Late\n") and wrong_headings("# One\n\n### Three\n") and wrong_headings("# One\n\n# Two\n") and not wrong_headings("# One\n\n## Two\n\n```\n# a comment\n```\n")
+    assert swallowed_lists("You will\n- read\n") == ["- read"] and not swallowed_lists("You will\n\n- read,\n  for long\n- write\n")
     for bad in ("in /home/me/x.py", "UserWarning: no", " 50%|#### ", "12it/s", "a\rb"): assert debris(dict(output_type="stream", text=[bad])), bad
     assert debris(dict(output_type="display_data", data={"text/html": '<script src="https://example.org/a.js">'})) and not debris(dict(output_type="stream", text=["loss 3.2, runs/tiny, a/b\n"]))
     picture = dict(cell_type="code", source=["plt.show()"], outputs=[dict(output_type="display_data", data={"image/png": "x"})])
