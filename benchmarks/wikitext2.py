@@ -1,9 +1,10 @@
 """How good a small Transformer gets on WikiText-2.
 
 python -m benchmarks.wikitext2 changes [--only WORD] [--minutes 3]   one change a row, each for as long as the others
+python -m benchmarks.wikitext2 search [--only WORD]                  rates, dropouts and decays for the recipe `wikitext2`, on a part of its text and as many of its steps
 python -m benchmarks.wikitext2 recipe NAME [--seeds 0 1 2]           what `tinytransformer train --config NAME` comes to, on the test split too
 
-Perplexities are per word, rows' ends counted as words. Validation alone chooses; the test split is looked at once for each trained recipe. Both write to benchmarks/results/wikitext2.json, where a row replaces the one of its name.
+Perplexities are per word, rows' ends counted as words. Validation alone chooses; the test split is looked at once for each trained recipe. All write to benchmarks/results/wikitext2.json, where a row replaces the one of its name.
 """
 import argparse, json, os, platform, statistics, time
 from copy import deepcopy
@@ -43,6 +44,13 @@ CHANGES = {  # name -> what is changed
     "a twentieth of the text": dict(share=0.05), "a twentieth, no dropout": dict(share=0.05, dropout=0.0), "a twentieth, dropout 0.3": dict(share=0.05, dropout=0.3),
 }
 
+SEARCH = {  # name -> what is changed in the recipe `wikitext2`
+    "as it was at first": dict(learning_rate=5e-4, dropout=0.2, weight_decay=0.1, batch_size=32),
+    **{f"rate {rate:g}, dropout {dropout:g}, decay {decay:g}": dict(learning_rate=rate, dropout=dropout, weight_decay=decay)
+       for rate, dropout, decay in ((1e-3, 0.1, 0.1), (2e-3, 0.1, 0.1), (4e-3, 0.1, 0.1), (2e-3, 0.0, 0.1), (2e-3, 0.3, 0.1), (2e-3, 0.1, 1.0))},
+}
+PART = 0.25  # of the text and of the tokens that are read, so that the text is read as often as by the recipe
+
 
 def sections(change: dict) -> tuple[DataConfig, ModelConfig, TrainConfig]:
     data, model, train = (values | {name: value for name, value in change.items() if name in cls.__dataclass_fields__ and not (cls is ModelConfig and name == "vocab_size")}
@@ -67,17 +75,21 @@ def longer(model: Transformer, times: int) -> Transformer:
     return other.eval()
 
 
-def trained(change: dict, minutes: float) -> tuple[dict, Transformer, Corpus]:
-    "A row: as many steps as fit into the time, found by timing the first ones."
-    data, shape, train = sections(change)
+def steps_within(minutes: float, model: Transformer, corpus: Corpus, train: TrainConfig) -> int:
+    "As many steps as fit into the time, found by timing the first ones."
+    ends = []
+    fit(deepcopy(model), corpus, replace(train, max_steps=12, eval_every=12), lambda row: ends.append(time.perf_counter()))
+    return max(20, round(minutes * 60 / statistics.median(np.diff(ends[1:]))))
+
+
+def trained(change: dict, data: DataConfig, shape: ModelConfig, train: TrainConfig, minutes: float | None = None) -> tuple[dict, Transformer, Corpus]:
+    "A row: as many steps as fit into the time, or as the settings say."
     corpus = prepare(data)
     torch.manual_seed(train.seed)
     model = Transformer(shape)
-    ends = []
     text = corpus.streams["train"][:round(change.get("share", 1) * len(corpus.streams["train"]))]
     short = replace(corpus, streams=dict(train=text, validation=corpus.streams["validation"][:2]))  # the looks that training takes cost nothing
-    fit(deepcopy(model), short, replace(train, max_steps=12, eval_every=12), lambda row: ends.append(time.perf_counter()))
-    steps = max(20, round(minutes * 60 / statistics.median(np.diff(ends[1:]))))
+    steps = steps_within(minutes, model, short, train) if minutes else train.max_steps
     average, curve = averaging(change.get("average"), model), []
     def log(row):
         if average and (change["average"] != "last quarter" or row["step"] > 0.75 * steps): average.update_parameters(model)
@@ -105,7 +117,7 @@ def keep(kind: str, name: str, row: dict) -> None:
 def changes(args: argparse.Namespace) -> None:
     for name, change in CHANGES.items():
         if args.only and args.only not in name: continue
-        row, model, corpus = trained(change, args.minutes)
+        row, model, corpus = trained(change, *sections(change), args.minutes)
         keep("changes", name, row | dict(minutes=args.minutes))
         print(f"{name:36} {row['parameters'] / 1e6:5.1f}M  {row['steps']:5} steps  {row['epochs']:.2f} epochs  validation {row['validation']:7.1f}", flush=True)
         if change: continue
@@ -113,6 +125,20 @@ def changes(args: argparse.Namespace) -> None:
             value = word_perplexity(longer(model, times), corpus, "validation", times * model.cfg.seq_len // 2)  # each begins half of its length after the last
             keep("windows", f"{times * model.cfg.seq_len:,} tokens", dict(times=times, validation=value))
             print(f"windows of {times * model.cfg.seq_len} tokens, sliding: validation {value:.1f}", flush=True)
+
+
+def search(args: argparse.Namespace) -> None:
+    said = read_config(config_file("wikitext2"))
+    data = make_config(DataConfig, "data", said["data"] | dict(subset=DATA["subset"], data_dir=DATA["data_dir"]))
+    for name, change in SEARCH.items():
+        if args.only and args.only not in name: continue
+        model = make_config(ModelConfig, "model", said["model"] | dict(vocab_size=data.vocab_size, dropout=change["dropout"]))
+        settings = said["train"] | {key: value for key, value in change.items() if key in TrainConfig.__dataclass_fields__} | dict(min_learning_rate=change["learning_rate"] / 10)
+        share = PART * said["train"]["batch_size"] / settings["batch_size"]
+        settings |= {key: round(share * settings[key]) for key in ("max_steps", "warmup_steps")}
+        row, *_ = trained(change | dict(share=PART), data, model, make_config(TrainConfig, "train", settings))
+        keep("search", name, row)
+        print(f"{name:36} {row['steps']:5} steps  {row['epochs']:.2f} epochs  validation {row['validation']:7.1f}", flush=True)
 
 
 def recipe(args: argparse.Namespace) -> None:
@@ -144,13 +170,16 @@ def main() -> None:
     one.add_argument("--only", help="rows with this in their name")
     one.add_argument("--minutes", type=float, default=3, help="of training, for each row")
     one.set_defaults(do=changes)
+    other = sub.add_parser("search")
+    other.add_argument("--only", help="rows with this in their name")
+    other.set_defaults(do=search)
     two = sub.add_parser("recipe")
     two.add_argument("name", help="of a configuration")
     two.add_argument("--seeds", type=int, nargs="+", default=[0])
     two.add_argument("--subset", help="of the dataset, in place of the configuration's")
     two.add_argument("--runs", default=str(HERE.parent/"runs"), help="folder that holds the runs")
     two.set_defaults(do=recipe)
-    for p in (one, two): p.add_argument("--threads", type=int, default=os.cpu_count())
+    for p in (one, other, two): p.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.do(args)

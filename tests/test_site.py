@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pypandoc
 import pytest
@@ -13,7 +14,7 @@ from conftest import ROOT
 PAGES = sorted(path for path in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 NAMES = [str(path.relative_to(ROOT/"nbs")) for path in PAGES]
 KNOWN = {"project": {"type"}, "format": {"html", "ipynb"}, "website": {"page-navigation", "search", "sidebar"}, "metadata-files": None}  # of _quarto.yml, as Quarto's reference has them
-KNOWN_HTML = {"theme", "toc", "code-fold", "code-copy", "html-math-method", "format-links"}
+KNOWN_HTML = {"theme", "toc", "code-fold", "code-copy", "html-math-method", "format-links", "grid"}
 
 
 def cells(page: Path) -> list[dict]: return json.loads(page.read_text())["cells"]
@@ -28,13 +29,13 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken_links(text: str, page: Path) -> list[str]:
-    "Links to files that are not there, and to headings that are not in them."
+    "Links to files that are not there, or not on the site, and to headings that are not in them."
     found = []
     for link in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
         if re.match(r"\w+:", link): continue
         path, _, anchor = link.partition("#")
-        target = (page.parent/path).resolve() if path else page
-        if not target.exists() or anchor and target.suffix == ".ipynb" and anchor not in anchors(target): found.append(link)
+        target = Path(os.path.normpath(page.parent/path)) if path else page
+        if not target.is_relative_to(ROOT/"nbs") or not target.exists() or anchor and target.suffix == ".ipynb" and anchor not in anchors(target): found.append(link)
     return found
 
 
@@ -59,6 +60,12 @@ def debris(output: dict) -> list[str]:
     return wrong + re.findall(r"""(?:src|href)=["']?(?:https?:)?//[^"'\s>]+""", page) + (["an error"] if output["output_type"] == "error" else [])
 
 
+def open_solutions(page_cells: list[dict]) -> list[str]:
+    "Solutions of exercises that do not fold away, or whose answer stands below them all the same."
+    found = [source(c) for c in page_cells if c["cell_type"] == "code" and '#| code-summary: "Solution"' in source(c)]
+    return [text[:60] for text in found if "#| code-fold: true" not in text or "#| output: false" not in text]
+
+
 def pictures_without_words(page_cells: list[dict]) -> list[str]:
     "Cells whose output is a picture, and that have no text for those who cannot see it."
     return [source(c)[:60] for c in page_cells if c["cell_type"] == "code" and any("image/png" in o.get("data", {}) for o in c["outputs"]) and "fig-alt:" not in source(c)]
@@ -71,6 +78,7 @@ def test_page(page):
     assert wrong_headings(text) == []
     assert swallowed_lists(text) == []
     assert pictures_without_words(all_cells) == []
+    assert open_solutions(all_cells) == []
     assert [found for c in all_cells if c["cell_type"] == "code" for o in c["outputs"] for found in debris(o)] == []
     first = source(all_cells[0])
     assert re.fullmatch(r"# [^\n]+\n\n> [^\n]+", first), "a page begins with a cell of its title and a line of description; nbdev makes front matter of it, and would lose what else stands there"
@@ -86,13 +94,17 @@ def test_formulas(page, tmp_path):
 
 def test_the_checks_can_fail(tmp_path):
     page = ROOT/"nbs"/"index.ipynb"
-    assert broken_links("[a](nowhere.ipynb) [b](00_data.ipynb#no-such-heading) `[c](code)` [d](00_data.ipynb)", page) == ["nowhere.ipynb", "00_data.ipynb#no-such-heading"]
+    assert broken_links("[a](nowhere.ipynb) [b](00_data.ipynb#no-such-heading) `[c](code)` [d](00_data.ipynb) [e](../setup.py)", page) == ["nowhere.ipynb", "00_data.ipynb#no-such-heading", "../setup.py"]
     assert wrong_headings("## Late\n") and wrong_headings("# One\n\n### Three\n") and wrong_headings("# One\n\n# Two\n") and not wrong_headings("# One\n\n## Two\n\n```\n# a comment\n```\n")
     assert swallowed_lists("You will\n- read\n") == ["- read"] and not swallowed_lists("You will\n\n- read,\n  for long\n- write\n")
     for bad in ("in /home/me/x.py", "UserWarning: no", " 50%|#### ", "12it/s", "a\rb"): assert debris(dict(output_type="stream", text=[bad])), bad
     assert debris(dict(output_type="display_data", data={"text/html": '<script src="https://example.org/a.js">'})) and not debris(dict(output_type="stream", text=["loss 3.2, runs/tiny, a/b\n"]))
     picture = dict(cell_type="code", source=["plt.show()"], outputs=[dict(output_type="display_data", data={"image/png": "x"})])
     assert pictures_without_words([picture]) and not pictures_without_words([picture | dict(source=['#| fig-alt: "a line"\n', "plt.show()"])])
+    solution = dict(cell_type="code", source=['#| code-fold: true\n', '#| code-summary: "Solution"\n', "print(42)"])
+    assert open_solutions([solution]) and not open_solutions([solution | dict(source=["#| output: false\n", *solution["source"]])])
+    (tmp_path/"page.html").write_text('<a href="gone.html">a</a> <img alt="b" src="page.html?c#d"> <a class="e" href="https://example.org/f">g</a>')
+    assert dead_links(tmp_path) == ["page.html: gone.html"]
     (tmp_path/"page.md").write_text("$\\frac{1$")
     assert "math" in subprocess.run([pypandoc.get_pandoc_path(), "--mathml", "-f", "markdown", "-t", "html", tmp_path/"page.md"], capture_output=True, text=True).stdout.lower()
 
@@ -164,6 +176,13 @@ def test_site_renders(project, launch, tmp_path):
             assert name == "changelog.html" or page.locator("a", has_text="Jupyter").count(), f"{name} has no link to its notebook"
             page.close()
     assert not wrong
+    assert dead_links(project/"_docs") == []
+
+
+def dead_links(site: Path) -> list[str]:
+    "What the rendered pages point to, within the site, and that is not there."
+    def targets(page): return {unquote(target) for target in re.findall(r'<(?:a|img|link|script)\b[^>]*? (?:href|src)="([^"#]+)', page.read_text()) if not re.match(r"\w+:|//", target)}
+    return [f"{page.relative_to(site)}: {target}" for page in sorted(site.rglob("*.html")) if "site_libs" not in page.parts for target in sorted(targets(page)) if not (page.parent/target.split("?")[0]).exists()]
 
 
 @contextmanager

@@ -196,7 +196,7 @@ def save_page(
 
 # %% ../nbs/appendix/attention_map.ipynb #fcd27d7d
 def attention_map(
-    weights: Any,                             # (layers, heads, T, T); see `as_weights` for other forms
+    weights: Any,                             # (layers, heads, T, T); see as_weights for other forms
     tokens: Sequence[str],                    # T texts
     layers: Sequence[int] | None = None,      # which to show; left out, all
     heads: Sequence[int] | None = None,
@@ -286,7 +286,7 @@ def silenced(
 
 @torch.no_grad()
 def look(
-    model: nn.Module,                    # a `Transformer` of this book
+    model: nn.Module,                    # a Transformer of this book
     ids: Sequence[int],                  # T token ids, at least two
     tokens: Sequence[str],               # their texts
     off: Sequence[tuple[int, int]] = (), # heads to switch off
@@ -330,7 +330,7 @@ def ablation(
 class AttentionExplorer:
     "A model's attention, live: prompt, temperature, heads that can be switched off; needs `ipywidgets`, and is quicker with `anywidget`."
     def __init__(self,
-        model: nn.Module,                          # a `Transformer` of this book
+        model: nn.Module,                          # a Transformer of this book
         tokenizer: Any,                            # of the library `tokenizers`
         prompt: str,
         beside: "str | nn.Module | None" = None,   # a second prompt, or a second model of the same shape, to compare with

@@ -30,7 +30,7 @@ def swiglu_dim(embed_dim: int) -> int:
     return 32 * max(1, round(embed_dim / 12))
 
 class SwiGLU(nn.Module):
-    "silu(gate) * up, and back down, at every position alike (Shazeer, 2020, eq. 6)."
+    "silu(gate) × up, and back down, at every position alike (Shazeer, 2020, eq. 6)."
     def __init__(self,
         embed_dim: int,  # C
     ):

@@ -22,7 +22,7 @@ def drop(
     if x.device.type != "cpu": return F.dropout(x, p)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)  # from -2**63 on: all 64 of them
     zeroed = round(p * 2**16)                                                        # of the 65,536 values that 16 bits have
-    kept = bits.view(torch.int16)[:x.numel()].view(x.shape) >= zeroed - 2**15
+    kept = bits.view(torch.int16)[:x.numel()].view(x.shape) >= zeroed - 2**15        # as int16 they begin at -2**15
     return x * (kept * (2**16 / (2**16 - zeroed))).to(x.dtype)
 
 class Dropout(nn.Dropout):
@@ -46,7 +46,7 @@ class Embeddings(nn.Module):
         seq_len: int,            # the longest T
         embed_dim: int,          # C
         dropout: float = 0.0,    # share of values zeroed while training
-        positions: bool = True,  # False: tokens alone, where attention learns the order in another way
+        positions: bool = True,  # False: tokens alone, for a model whose attention is told the order
     ):
         super().__init__()
         self.seq_len = seq_len
@@ -66,5 +66,5 @@ class Embeddings(nn.Module):
     ) -> torch.Tensor:    # (B, T, C)
         T = x.shape[1]
         check(T <= self.seq_len, f"{T} tokens do not fit into the context of {self.seq_len}: give at most {self.seq_len}")
-        if x.device.type == "cpu": check_ids(x, self.token.num_embeddings)  # on a GPU the look would stall it, and the lookup itself fails
+        if x.device.type == "cpu": check_ids(x, self.token.num_embeddings)  # a GPU would have to wait for this answer, and its lookup fails by itself
         return self.dropout(self.at(x, torch.arange(T, device=x.device)))

@@ -219,7 +219,7 @@ def lr_range_test(
     return rows
 
 def plot_lr_range(
-    rows: list[dict],  # of `lr_range_test`
+    rows: list[dict],  # of lr_range_test
 ) -> Figure:
     "Loss against the learning rate, with the rate at which it was lowest and the rate ten times smaller, which is on the safe side."
     figure = Figure(figsize=(7, 2.8), layout="constrained")
@@ -275,7 +275,7 @@ def evaluate(
 # %% ../nbs/05_train.ipynb #78a7c627
 def perplexities(
     loss: float,         # nats per token
-    about: dict,  # of the split, in a `Corpus`: tokens, words (one `<eos>` a row included) and bytes
+    about: dict,  # of the split, in a Corpus: tokens, words (one `<eos>` a row included) and bytes
 ) -> dict[str, float]:
     "Perplexity per token, perplexity per word and bits per byte: the same nats, spread over three units."
     def exp(nats): return math.inf if nats > 700 else math.exp(nats)  # beyond that a float overflows
@@ -439,7 +439,7 @@ def fit(
     cfg: TrainConfig,
     log: Callable[[dict], None] = lambda row: None,  # gets the row of each step
     accelerator: Accelerator | None = None,          # left out, one process on the best device
-    checkpoints=None,                                # a `Checkpoints` of below: where to go on from, and what to go on from later
+    checkpoints=None,                                # a Checkpoints of below: where to go on from, and what to go on from later
 ) -> list[dict]:  # the rows: step, epoch, loss, learning_rate, grad_norm, tokens_per_second, memory_mb and, now and then, val_loss
     "Train `model` in place up to step `cfg.max_steps`, or until `cfg.patience` runs out. Raises `Diverged`; with `checkpoints` also `Stopped`, on Ctrl-C or SIGTERM."
     accelerator = accelerator or make_accelerator(cfg)
@@ -505,7 +505,11 @@ def on_main(
     return result[0]
 
 # %% ../nbs/05_train.ipynb #9af259ea
-def unwrapped(optimizer): return getattr(optimizer, "optimizer", optimizer)  # what `accelerate` has wrapped
+def unwrapped(
+    optimizer: torch.optim.Optimizer,
+) -> torch.optim.Optimizer:
+    "The optimizer that `accelerate` has wrapped, or the one given if it has not."
+    return getattr(optimizer, "optimizer", optimizer)
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # not the share of one process, and in main memory
 
@@ -694,7 +698,7 @@ class JsonLines:
 
 # %% ../nbs/05_train.ipynb #8f05481e
 def plot_metrics(
-    rows: list[dict],             # of `fit`
+    rows: list[dict],             # of fit
     floor: float | None = None,   # entropy of the validation split, if it is known
 ):  # a matplotlib figure
     "Loss and learning rate against the step, with the floor where it is known."
@@ -714,7 +718,7 @@ def plot_metrics(
 def live_curve(
     floor: float | None = None,   # entropy of the validation split, if it is known
     every: float = 2.0,           # seconds between two pictures
-) -> Callable[[dict], None]:      # to be given to `fit` or `train_run` as `log`
+) -> Callable[[dict], None]:      # to be given to fit or train_run as log
     "Show the curves of a training under way, and draw them again as rows arrive."
     from IPython.display import display
     rows, handle, drawn = [], display(Figure(figsize=(8, 3.2)), display_id=True), 0.0
