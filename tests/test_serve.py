@@ -20,7 +20,7 @@ from tinytransformer.serve import ServeConfig, make_app
 from tinytransformer.train import load_run
 
 COMMAND = str(Path(sys.executable).with_name("tinytransformer"))
-CONTEXT = 512
+CONTEXT = 1536  # what takes seconds to write, so that a test has time to look on
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +269,7 @@ def test_other_refusals(local):
     error(local.post("/v1/completions", content=large), 413)
     error(local.post("/v1/completions", content=iter([large[:200_000], large[200_000:]]), headers={"Content-Type": "application/json"}), 413)  # its length is not told beforehand
     error(local.post("/attention", json=dict(prompt="x")), 400)
-    error(local.post("/attention", json=dict(prompt="x " * 600)), 400)
+    error(local.post("/attention", json=dict(prompt="x " * CONTEXT)), 400)
     assert all("content-security-policy" in local.get(path).headers for path in ("/", "/health", "/v1/nothing"))
 
 
@@ -451,11 +451,11 @@ def test_a_fault_outside_the_loop(run, monkeypatch, caplog):
         assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error" and "division" not in answer.text and "division" in caplog.text
 
 
-@pytest.mark.parametrize("seconds", ["20", "0"])
+@pytest.mark.parametrize("seconds", ["60", "0"])
 def test_sigterm(folder, seconds):
     "What is being written is finished, what waits is refused, and the process ends well; with no time left, what is being written ends with an error."
     served = Served(folder, "--rows", "1", "--shutdown_seconds", seconds)
-    ask = dict(model="small", prompt="a", max_tokens=500, seed=1)
+    ask = dict(model="small", prompt="a", max_tokens=1500, seed=1)
     with ThreadPoolExecutor(1) as pool, httpx.stream("POST", f"{served.url}/v1/completions", json=ask | dict(stream=True)) as answer:
         lines = answer.iter_lines()
         next(lines)
@@ -464,8 +464,8 @@ def test_sigterm(folder, seconds):
         served.process.send_signal(signal.SIGTERM)
         rest = [line for line in lines if line]
         assert waiting.result().status_code == 503 and waiting.result().json()["error"]["code"] == "shutting_down"
-    if seconds == "20": assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
-    else: assert "shutting_down" in rest[-1] and len(rest) < 500
+    if seconds == "60": assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
+    else: assert "shutting_down" in rest[-1] and len(rest) < 1500
     assert served.process.wait(20) == 0 and served.process.stderr.read() == ""
     with pytest.raises(httpx.ConnectError): httpx.get(f"{served.url}/health")
 
