@@ -45,11 +45,10 @@ CHANGES = {  # name -> what is changed
 }
 
 SEARCH = {  # name -> what is changed in the recipe `wikitext2`
-    "as it was at first": dict(learning_rate=5e-4, dropout=0.2, weight_decay=0.1, batch_size=32),
-    **{f"rate {rate:g}, dropout {dropout:g}, decay {decay:g}": dict(learning_rate=rate, dropout=dropout, weight_decay=decay)
-       for rate, dropout, decay in ((1e-3, 0.1, 0.1), (2e-3, 0.1, 0.1), (4e-3, 0.1, 0.1), (2e-3, 0.0, 0.1), (2e-3, 0.3, 0.1), (2e-3, 0.1, 1.0))},
+    "as it is": {}, "bf16": dict(precision="bf16"), "batches of 16": dict(batch_size=16),
+    **{f"rate {rate:g}": dict(learning_rate=rate) for rate in (1e-3, 2e-3, 4e-3)}, **{f"dropout {dropout:g}": dict(dropout=dropout) for dropout in (0.1, 0.4)}, "decay 1": dict(weight_decay=1.0),
 }
-PART = 0.25  # of the text and of the tokens that are read, so that the text is read as often as by the recipe
+PART = 0.15  # of the text and of the tokens that are read, so that the text is read as often as by the recipe
 
 
 def sections(change: dict) -> tuple[DataConfig, ModelConfig, TrainConfig]:
@@ -127,16 +126,20 @@ def changes(args: argparse.Namespace) -> None:
             print(f"windows of {times * model.cfg.seq_len} tokens, sliding: validation {value:.1f}", flush=True)
 
 
-def search(args: argparse.Namespace) -> None:
+def searched(change: dict) -> tuple[DataConfig, ModelConfig, TrainConfig]:
+    "The recipe `wikitext2` with a change, for a part of its tokens."
     said = read_config(config_file("wikitext2"))
+    model, train = (said[section] | {name: value for name, value in change.items() if name in cls.__dataclass_fields__} for section, cls in (("model", ModelConfig), ("train", TrainConfig)))
+    steps = PART * said["train"]["max_steps"] * said["train"]["batch_size"] / train["batch_size"]
+    train |= dict(max_steps=round(steps), warmup_steps=round(steps / 30), min_learning_rate=train["learning_rate"] / 10)
     data = make_config(DataConfig, "data", said["data"] | dict(subset=DATA["subset"], data_dir=DATA["data_dir"]))
+    return data, make_config(ModelConfig, "model", model | dict(vocab_size=data.vocab_size)), make_config(TrainConfig, "train", train)
+
+
+def search(args: argparse.Namespace) -> None:
     for name, change in SEARCH.items():
         if args.only and args.only not in name: continue
-        model = make_config(ModelConfig, "model", said["model"] | dict(vocab_size=data.vocab_size, dropout=change["dropout"]))
-        settings = said["train"] | {key: value for key, value in change.items() if key in TrainConfig.__dataclass_fields__} | dict(min_learning_rate=change["learning_rate"] / 10)
-        share = PART * said["train"]["batch_size"] / settings["batch_size"]
-        settings |= {key: round(share * settings[key]) for key in ("max_steps", "warmup_steps")}
-        row, *_ = trained(change | dict(share=PART), data, model, make_config(TrainConfig, "train", settings))
+        row, *_ = trained(change | dict(share=PART), *searched(change))
         keep("search", name, row)
         print(f"{name:36} {row['steps']:5} steps  {row['epochs']:.2f} epochs  validation {row['validation']:7.1f}", flush=True)
 
