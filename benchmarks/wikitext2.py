@@ -1,7 +1,7 @@
 """How good a small Transformer gets on WikiText-2.
 
 python -m benchmarks.wikitext2 changes [--only WORD] [--minutes 3]   one change a row, each for as long as the others
-python -m benchmarks.wikitext2 search [--only WORD]                  rates, dropouts and decays for the recipe `wikitext2`, on a part of its text and as many of its steps
+python -m benchmarks.wikitext2 search [--only WORD] [--minutes 6]    rates, dropouts and decays for the recipe `wikitext2`, each for as long as the others
 python -m benchmarks.wikitext2 recipe NAME [--seeds 0 1 2]           what `tinytransformer train --config NAME` comes to, on the test split too
 
 Perplexities are per word, rows' ends counted as words. Validation alone chooses; the test split is looked at once for each trained recipe. All write to benchmarks/results/wikitext2.json, where a row replaces the one of its name.
@@ -45,10 +45,10 @@ CHANGES = {  # name -> what is changed
 }
 
 SEARCH = {  # name -> what is changed in the recipe `wikitext2`
-    "as it is": {}, "bf16": dict(precision="bf16"), "batches of 16": dict(batch_size=16),
-    **{f"rate {rate:g}": dict(learning_rate=rate) for rate in (1e-3, 2e-3, 4e-3)}, **{f"dropout {dropout:g}": dict(dropout=dropout) for dropout in (0.1, 0.4)}, "decay 1": dict(weight_decay=1.0),
+    "as it is": {}, "as the project began": dict(precision="fp32", batch_size=32, learning_rate=5e-4, dropout=0.2),
+    "dropout 0.1": dict(dropout=0.1), **{f"dropout 0.1, {what}": dict(dropout=0.1, **change) for what, change in
+    {"half the rate": dict(learning_rate=1e-3), "twice the rate": dict(learning_rate=4e-3), "ten times the decay": dict(weight_decay=1.0)}.items()},
 }
-PART = 0.15  # of the text and of the tokens that are read, so that the text is read as often as by the recipe
 
 
 def sections(change: dict) -> tuple[DataConfig, ModelConfig, TrainConfig]:
@@ -127,11 +127,10 @@ def changes(args: argparse.Namespace) -> None:
 
 
 def searched(change: dict) -> tuple[DataConfig, ModelConfig, TrainConfig]:
-    "The recipe `wikitext2` with a change, for a part of its tokens."
+    "The recipe `wikitext2` with a change."
     said = read_config(config_file("wikitext2"))
     model, train = (said[section] | {name: value for name, value in change.items() if name in cls.__dataclass_fields__} for section, cls in (("model", ModelConfig), ("train", TrainConfig)))
-    steps = PART * said["train"]["max_steps"] * said["train"]["batch_size"] / train["batch_size"]
-    train |= dict(max_steps=round(steps), warmup_steps=round(steps / 30), min_learning_rate=train["learning_rate"] / 10)
+    train["min_learning_rate"] = train["learning_rate"] / 10
     data = make_config(DataConfig, "data", said["data"] | dict(subset=DATA["subset"], data_dir=DATA["data_dir"]))
     return data, make_config(ModelConfig, "model", model | dict(vocab_size=data.vocab_size)), make_config(TrainConfig, "train", train)
 
@@ -139,8 +138,8 @@ def searched(change: dict) -> tuple[DataConfig, ModelConfig, TrainConfig]:
 def search(args: argparse.Namespace) -> None:
     for name, change in SEARCH.items():
         if args.only and args.only not in name: continue
-        row, *_ = trained(change | dict(share=PART), *searched(change))
-        keep("search", name, row)
+        row, *_ = trained(change, *searched(change), args.minutes)
+        keep("search", name, row | dict(minutes=args.minutes))
         print(f"{name:36} {row['steps']:5} steps  {row['epochs']:.2f} epochs  validation {row['validation']:7.1f}", flush=True)
 
 
@@ -175,6 +174,7 @@ def main() -> None:
     one.set_defaults(do=changes)
     other = sub.add_parser("search")
     other.add_argument("--only", help="rows with this in their name")
+    other.add_argument("--minutes", type=float, default=6, help="of training, for each row")
     other.set_defaults(do=search)
     two = sub.add_parser("recipe")
     two.add_argument("name", help="of a configuration")

@@ -49,19 +49,16 @@ def test_compressors_learn_from_the_train_split():
     assert compressed(lzma.compress, text, text) < 0.1 * compressed(lzma.compress, b"", text)
 
 
-def test_changes_on_wikitext2():
+@pytest.mark.parametrize("made, changes", [(wikitext2.sections, wikitext2.CHANGES), (wikitext2.searched, wikitext2.SEARCH)])
+def test_changes_on_wikitext2(made, changes):
     "Each row is a model that can be made, and differs from the one as it is in what it says and nothing else."
-    base = wikitext2.sections({})
-    for name, change in wikitext2.CHANGES.items():
-        settings = wikitext2.sections(change)
+    base = made({})
+    for name, change in changes.items():
+        settings = made(change)
         with torch.device("meta"): wikitext2.Transformer(settings[1])
         other = {field for old, new in zip(base, settings) for field in old.__dataclass_fields__ if getattr(old, field) != getattr(new, field)}
         assert other - {"min_learning_rate"} == change.keys() - {"average", "share"}, name
-    assert len({str(change) for change in wikitext2.CHANGES.values()}) == len(wikitext2.CHANGES)
-    assert len({train.max_steps * train.batch_size for *_, train in map(wikitext2.searched, wikitext2.SEARCH.values())}) == 1  # the same tokens for all
-    for change in wikitext2.SEARCH.values():
-        _, model, train = wikitext2.searched(change)
-        assert all(value in (getattr(model, key, None), getattr(train, key, None)) for key, value in change.items())
+    assert len({str(change) for change in changes.values()}) == len(changes)
 
 
 def test_longer_windows_are_the_same_model():
