@@ -7,6 +7,7 @@ python -m benchmarks.wikitext2 recipe NAME [--seeds 0 1 2]           what `tinyt
 Perplexities are per word, rows' ends counted as words. Validation alone chooses; the test split is looked at once for each trained recipe. All write to benchmarks/results/wikitext2.json, where a row replaces the one of its name.
 """
 import argparse, json, os, platform, statistics, time
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, replace
 from datetime import date
@@ -25,7 +26,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE/"results"/"wikitext2.json"
 DATA = dict(dataset="Salesforce/wikitext", subset="wikitext-2-v1", vocab_size=8192, data_dir=str(HERE.parent/"data"))
 MODEL = dict(seq_len=256, embed_dim=256, num_heads=4, num_layers=4, tie_weights=True, positions="rotary", dropout=0.1, attention_dropout=0.0)
-TRAIN = dict(optimizer="muon", batch_size=16, learning_rate=8e-3, warmup_steps=30, weight_decay=0.1, precision="bf16")
+TRAIN = dict(optimizer="muon", batch_size=16, learning_rate=8e-3, min_learning_rate=4e-4, warmup_steps=30, weight_decay=0.1, precision="bf16")
 
 CHANGES = {  # name -> what is changed
     "as it is": {}, "another seed": dict(seed=1), "a third seed": dict(seed=2),
@@ -51,11 +52,18 @@ SEARCH = {  # name -> what is changed in the recipe `wikitext2`
 }
 
 
-def sections(change: dict) -> tuple[DataConfig, ModelConfig, TrainConfig]:
-    data, model, train = (values | {name: value for name, value in change.items() if name in cls.__dataclass_fields__ and not (cls is ModelConfig and name == "vocab_size")}
-                          for cls, values in ((DataConfig, DATA), (ModelConfig, MODEL), (TrainConfig, TRAIN)))
-    train["min_learning_rate"] = train["learning_rate"] / 20
-    return make_config(DataConfig, "data", data), make_config(ModelConfig, "model", model | dict(vocab_size=data["vocab_size"])), make_config(TrainConfig, "train", train)
+def sections(change: dict, data: dict = DATA, model: dict = MODEL, train: dict = TRAIN) -> tuple[DataConfig, ModelConfig, TrainConfig]:
+    "The settings with a change; the lowest rate stays the same share of the highest."
+    data, model, new = (values | {name: value for name, value in change.items() if name in cls.__dataclass_fields__ and not (cls is ModelConfig and name == "vocab_size")}
+                        for cls, values in ((DataConfig, data), (ModelConfig, model), (TrainConfig, train)))
+    new["min_learning_rate"] *= new["learning_rate"] / train["learning_rate"]
+    return make_config(DataConfig, "data", data), make_config(ModelConfig, "model", model | dict(vocab_size=data["vocab_size"])), make_config(TrainConfig, "train", new)
+
+
+def searched(change: dict) -> tuple[DataConfig, ModelConfig, TrainConfig]:
+    "The recipe `wikitext2` with a change, on the text of the benchmark."
+    said = read_config(config_file("wikitext2"))
+    return sections(change, said["data"] | dict(subset=DATA["subset"], data_dir=DATA["data_dir"]), said["model"], said["train"])
 
 
 def word_perplexity(model: Transformer, corpus: Corpus, split: str, stride: int | None = None) -> float:
@@ -81,14 +89,14 @@ def steps_within(minutes: float, model: Transformer, corpus: Corpus, train: Trai
     return max(20, round(minutes * 60 / statistics.median(np.diff(ends[1:]))))
 
 
-def trained(change: dict, data: DataConfig, shape: ModelConfig, train: TrainConfig, minutes: float | None = None) -> tuple[dict, Transformer, Corpus]:
-    "A row: as many steps as fit into the time, or as the settings say."
+def trained(change: dict, data: DataConfig, shape: ModelConfig, train: TrainConfig, minutes: float) -> tuple[dict, Transformer, Corpus]:
+    "A row: as many steps as fit into the time."
     corpus = prepare(data)
     torch.manual_seed(train.seed)
     model = Transformer(shape)
     text = corpus.streams["train"][:round(change.get("share", 1) * len(corpus.streams["train"]))]
     short = replace(corpus, streams=dict(train=text, validation=corpus.streams["validation"][:2]))  # the looks that training takes cost nothing
-    steps = steps_within(minutes, model, short, train) if minutes else train.max_steps
+    steps = steps_within(minutes, model, short, train)
     average, curve = averaging(change.get("average"), model), []
     def log(row):
         if average and (change["average"] != "last quarter" or row["step"] > 0.75 * steps): average.update_parameters(model)
@@ -113,34 +121,27 @@ def keep(kind: str, name: str, row: dict) -> None:
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def changes(args: argparse.Namespace) -> None:
-    for name, change in CHANGES.items():
+def table(kind: str, rows: dict[str, dict], made: Callable, args: argparse.Namespace) -> Iterator[tuple[str, Transformer, Corpus]]:
+    "Train and keep the rows that are asked for."
+    for name, change in rows.items():
         if args.only and args.only not in name: continue
-        row, model, corpus = trained(change, *sections(change), args.minutes)
-        keep("changes", name, row | dict(minutes=args.minutes))
+        row, model, corpus = trained(change, *made(change), args.minutes)
+        keep(kind, name, row | dict(minutes=args.minutes))
         print(f"{name:36} {row['parameters'] / 1e6:5.1f}M  {row['steps']:5} steps  {row['epochs']:.2f} epochs  validation {row['validation']:7.1f}", flush=True)
-        if change: continue
+        yield name, model, corpus
+
+
+def changes(args: argparse.Namespace) -> None:
+    for name, model, corpus in table("changes", CHANGES, sections, args):
+        if CHANGES[name]: continue
         for times in (1, 2, 4):
             value = word_perplexity(longer(model, times), corpus, "validation", times * model.cfg.seq_len // 2)  # each begins half of its length after the last
             keep("windows", f"{times * model.cfg.seq_len:,} tokens", dict(times=times, validation=value))
             print(f"windows of {times * model.cfg.seq_len} tokens, sliding: validation {value:.1f}", flush=True)
 
 
-def searched(change: dict) -> tuple[DataConfig, ModelConfig, TrainConfig]:
-    "The recipe `wikitext2` with a change."
-    said = read_config(config_file("wikitext2"))
-    model, train = (said[section] | {name: value for name, value in change.items() if name in cls.__dataclass_fields__} for section, cls in (("model", ModelConfig), ("train", TrainConfig)))
-    train["min_learning_rate"] = train["learning_rate"] / 10
-    data = make_config(DataConfig, "data", said["data"] | dict(subset=DATA["subset"], data_dir=DATA["data_dir"]))
-    return data, make_config(ModelConfig, "model", model | dict(vocab_size=data.vocab_size)), make_config(TrainConfig, "train", train)
-
-
 def search(args: argparse.Namespace) -> None:
-    for name, change in SEARCH.items():
-        if args.only and args.only not in name: continue
-        row, *_ = trained(change, *searched(change), args.minutes)
-        keep("search", name, row | dict(minutes=args.minutes))
-        print(f"{name:36} {row['steps']:5} steps  {row['epochs']:.2f} epochs  validation {row['validation']:7.1f}", flush=True)
+    for _ in table("search", SEARCH, searched, args): pass
 
 
 def recipe(args: argparse.Namespace) -> None:
@@ -168,14 +169,11 @@ def recipe(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.wikitext2", description=__doc__.split("\n")[0])
     sub = parser.add_subparsers(required=True)
-    one = sub.add_parser("changes")
-    one.add_argument("--only", help="rows with this in their name")
-    one.add_argument("--minutes", type=float, default=3, help="of training, for each row")
-    one.set_defaults(do=changes)
-    other = sub.add_parser("search")
-    other.add_argument("--only", help="rows with this in their name")
-    other.add_argument("--minutes", type=float, default=6, help="of training, for each row")
-    other.set_defaults(do=search)
+    one, other = sub.add_parser("changes"), sub.add_parser("search")
+    for p, do, minutes in ((one, changes, 3), (other, search, 6)):
+        p.add_argument("--only", help="rows with this in their name")
+        p.add_argument("--minutes", type=float, default=minutes, help="of training, for each row")
+        p.set_defaults(do=do)
     two = sub.add_parser("recipe")
     two.add_argument("name", help="of a configuration")
     two.add_argument("--seeds", type=int, nargs="+", default=[0])
