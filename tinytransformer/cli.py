@@ -20,7 +20,6 @@ from statistics import median
 from fastcore.docments import docments
 from filelock import FileLock, Timeout
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
-from matplotlib.figure import Figure
 
 from . import __version__
 from .__main__ import COMMANDS
@@ -332,8 +331,9 @@ def runs_command(cfg: Namespace) -> None:
 
 def plot_runs(
     runs: list[Path],
-) -> Figure:
+):  # a matplotlib figure
     "Validation loss of several runs against the step, with their training losses behind it."
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     for run in runs:

@@ -184,7 +184,6 @@ class HeadLoss(torch.autograd.Function):
         dh, dW = ctx.saved_tensors
         return dh * (grad / len(dh)), dW * (grad / len(dh)), None, None, None
 
-@torch.compiler.disable  # run as it stands: its loop writes the same memory again and again
 def head_loss(
     h: torch.Tensor,       # (B, T, C) after the last norm
     weight: torch.Tensor,  # (V, C) of the head
