@@ -12,13 +12,13 @@ NOTEBOOKS = sorted((ROOT/"nbs").rglob("*.ipynb"), key=lambda path: (path.stem no
 
 
 def said(cell: dict) -> str:
-    "The text that a cell shows, with # for each number: times differ from run to run, and last digits from processor to processor."
+    "The text that a cell shows, with # for each number and each digest: times differ from run to run, last digits from processor to processor, and the name of a run with its code."
     parts = []
     for output in cell.get("outputs", []):
         data = output.get("data", {})
         if output.get("name") == "stdout": parts += output["text"]
         elif not {"image/png", "text/html"} & data.keys(): parts += data.get("text/markdown", data.get("text/plain", ""))
-    return " ".join(re.sub(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?", "#", re.sub("<Figure size .*>", "", "".join(parts))).split())
+    return " ".join(re.sub(r"[0-9a-f]{16}|[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?", "#", re.sub("<Figure size .*>", "", "".join(parts))).split())
 
 
 def weights() -> str:
