@@ -18,7 +18,7 @@ def said(cell: dict) -> str:
         data = output.get("data", {})
         if output.get("name") == "stdout": parts += output["text"]
         elif not {"image/png", "text/html"} & data.keys(): parts += data.get("text/markdown", data.get("text/plain", ""))
-    return " ".join(re.sub(r"[0-9a-f]{16}|[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?", "#", re.sub("<Figure size .*>", "", "".join(parts))).split())
+    return " ".join(re.sub(r"-?[0-9a-f]{16}|[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?", "#", re.sub("<Figure size .*>", "", "".join(parts))).split())
 
 
 def weights() -> str:
