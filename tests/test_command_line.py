@@ -150,3 +150,10 @@ def test_compare(here, capsys):
     assert all(float(perplexity) >= 1 and repetition.endswith("%") and diversity.endswith("%") for perplexity, repetition, diversity in rows.values())
     main(["generate", "runs/small", "The", "--max_new_tokens", "7", "--seed", "3", "--temperature", "0"])
     assert capsys.readouterr().out.rstrip("\n") in "\n--- ".join(texts)  # greedy writes what generate writes
+
+
+def test_loads_only_what_it_needs(here):
+    "A command that does not train waits neither for PyTorch's compiler nor for its code for spread weights, nor for what draws."
+    script = "import sys; from tinytransformer.cli import main; main(sys.argv[1:]); print({'torch._dynamo', 'torch.distributed.checkpoint', 'matplotlib', 'datasets'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", script, "generate", "runs/small", "The", "--max_new_tokens", "3"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "set()", done.stdout + done.stderr

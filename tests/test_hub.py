@@ -9,6 +9,7 @@ from huggingface_hub import constants
 
 pytestmark = pytest.mark.hub
 COMMAND = str(Path(sys.executable).with_name("tinytransformer"))
+NOWHERE = "http://127.0.0.1:9"  # nobody listens there
 HUB = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
 
 
@@ -46,7 +47,7 @@ def test_no_hub_afterwards(prepared):
     "Once prepared, nothing is asked of any network, and nothing is downloaded or tokenized again."
     folder, _ = prepared
     before = {f: f.stat().st_mtime_ns for f in (folder/"data").rglob("*") if f.is_file() and f.name != ".lock"}
-    env = dict(os.environ, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(folder/"empty"), NO_PROXY="127.0.0.1")
+    env = dict(os.environ, HF_ENDPOINT=NOWHERE, HF_HOME=str(folder/"empty"), NO_PROXY="127.0.0.1")
     process = subprocess.Popen([COMMAND, *"train --config wikitext2 --folder runs/apart --train.batch_size 4 --model.seq_len 32 --model.embed_dim 16 --model.num_layers 1 --model.num_heads 2".split()],
                                cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (rows := folder/"runs/apart/metrics.jsonl").exists() or not rows.read_text():  # until its first step: a look at all of the validation split would take a minute
@@ -59,10 +60,12 @@ def test_no_hub_afterwards(prepared):
 
 @pytest.mark.parametrize("recipe", ["wikitext2-cpu", "wikitext2-gpu"])
 def test_recipes(prepared, recipe):
-    "The recipes on the word-level text: the published numbers of words, a vocabulary learned from it, and steps that Muon takes."
+    "The recipes on the word-level text: the published numbers of words, a vocabulary learned from it, and steps that Muon takes, from the first to the last without the Hub."
     folder, _ = prepared
+    done = run(folder, f"prepare --config {recipe}")
+    assert done.returncode == 0, done.stderr
     done = run(folder, f"train --config {recipe} --folder runs/{recipe} --train.max_steps 2 --train.warmup_steps 1 --train.batch_size 4 --train.eval_every 100 --train.compile false --model.seq_len 64 --model.embed_dim 16 --model.num_layers 1"
-                       " --model.num_heads 2 --sample.max_new_tokens 5")
+                       " --model.num_heads 2 --sample.max_new_tokens 5", NOWHERE)
     assert done.returncode == 0, done.stderr
     splits = json.loads((folder/"data/processed/wikitext-2-v1_bpe8192/about.json").read_text())["splits"]
     assert {split: about["words"] for split, about in splits.items()} == dict(train=2_088_628, validation=217_646, test=245_569)
