@@ -17,6 +17,13 @@ TRAIN = dict(task="train", precision="fp32", compile=False, dropout=0.0, flags="
 GENERATE = dict(TRAIN, task="generate", greedy=True, prompt=16)
 
 
+def kinds() -> list[str]:
+    "Precisions in which a comparison is fair: where bf16 is only imitated, we stay in float32 and the others do not."
+    import torch
+    from tinytransformer.train import has_bf16
+    return ["fp32", "bf16"] if has_bf16(torch.device("cpu")) else ["fp32"]
+
+
 def cases(quick: bool) -> list[dict]:
     "What is measured: name, task, rounds, and who takes part."
     if quick:
@@ -42,7 +49,7 @@ def cases(quick: bool) -> list[dict]:
                   dict(name=f"16 prompts, 128 tokens, sampled, {precision}, our flags for all", rounds=3, peers=["transformers"], **GENERATE | room | dict(B=16, new=128, greedy=False, precision=precision, flags="ours"))]
     for name, values in dict(T=(512, 2048), L=(2, 16), V=(1000, 8000), B=(1, 64)).items():
         found += [dict(name=f"growth: {name} = {value}", rounds=2, peers=["nanoGPT"], **TRAIN | SMALL | {name: value} | (dict(B=max(1, 4096 // value)) if name == "T" else {})) for value in values]
-    return found
+    return [case for case in found if case["precision"] in kinds()]
 
 
 class Contestant:
@@ -114,7 +121,8 @@ def products(threads: int, quick: bool) -> list[dict]:
     "The best rate of products on this machine, in operations a second: what training could reach if it did nothing else."
     import torch
     torch.set_num_threads(threads)
-    def rate(n, kind):
+    def rate(n, name):
+        kind = dict(fp32=torch.float32, bf16=torch.bfloat16)[name]
         a, b = torch.randn(n, n).to(kind), torch.randn(n, n).to(kind)
         def once():
             began = time.perf_counter()
@@ -122,7 +130,7 @@ def products(threads: int, quick: bool) -> list[dict]:
             return 2 * n**3 / (time.perf_counter() - began)
         once()
         return statistics.median(once() for _ in range(9))
-    return [dict(case="products", library=name, seconds=1e9 / (best := max(rate(n, kind) for n in ((256,) if quick else (1024, 2048, 4096)))), flops_per_second=best) for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16))]
+    return [dict(case="products", library=name, seconds=1e9 / (best := max(rate(n, name) for n in ((256,) if quick else (1024, 2048, 4096)))), flops_per_second=best) for name in kinds()]
 
 
 def scale(threads: int, quick: bool) -> list[dict]:

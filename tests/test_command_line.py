@@ -101,7 +101,7 @@ def test_runs_side_by_side(tmp_path, workspace, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="there are no runs in empty"): main(["runs", "empty"])
 
 
-@pytest.mark.parametrize("change", ["--train.precision bf16", "--train.compile true", "--train.label_smoothing 0.1", "--train.schedule wsd --train.micro_batches 2"])
+@pytest.mark.parametrize("change", ["--train.compile true", "--train.label_smoothing 0.1", "--train.schedule wsd --train.micro_batches 2"])
 def test_switches(here, change, capsys):
     "Each trains to the end, and to about the same losses."
     name = change.split()[0].removeprefix("--train.")
@@ -109,6 +109,20 @@ def test_switches(here, change, capsys):
     def losses(run): return [json.loads(line)["loss"] for line in (here/"runs"/run/"metrics.jsonl").open()]
     assert losses(name) == pytest.approx(losses("small"), rel=0.01)
     assert (losses(name) != losses("small")) or name == "compile"
+
+
+@pytest.mark.parametrize("change", ["--train.precision bf16", "--train.optimizer muon"])
+def test_bf16_where_the_device_has_it(here, change, monkeypatch, capsys):
+    "Where it would only be imitated, which can take a hundred times as long, float32 takes its place."
+    def losses(has):
+        monkeypatch.setattr("tinytransformer.train.has_bf16", lambda device: has)
+        run = here/"runs"/f"{change.split()[1]}-{has}"
+        main(["train", "--config", "tiny", "--folder", str(run), *SMALL, *change.split()])
+        bf16, said = change.endswith("bf16"), capsys.readouterr().err
+        assert json.loads((run/"environment.json").read_text())[0]["precision"] == ("bf16" if bf16 and has else "fp32") and ("only imitates" in said) == (bf16 and not has)
+        return [json.loads(line)["loss"] for line in (run/"metrics.jsonl").open()]
+    native, imitated = losses(True), losses(False)
+    assert imitated == pytest.approx(native, rel=0.01) and imitated != native
 
 
 def test_patience(here):

@@ -26,7 +26,7 @@ from .__main__ import COMMANDS
 from .data import SPLITS, Corpus, DataConfig, InputError, check, prepare, write_whole
 from .generate import SampleConfig, compare, complete, stream
 from .model import ModelConfig, count_parameters, parameter_formula
-from .train import (Elsewhere, Run, Stopped, TrainConfig, begun_from, config_file, evaluate, fast_products, load_run, make_config, on_main, perplexities, processes, read_config, read_json, read_rows,
+from .train import (PACKAGED, Elsewhere, Run, Stopped, TrainConfig, begun_from, config_file, evaluate, fast_products, load_run, make_config, on_main, perplexities, processes, read_config, read_json, read_rows,
                                    train_run)
 
 # %% ../nbs/appendix/command_line.ipynb #80320584
@@ -58,7 +58,7 @@ def make_parser(
     prepare = command("prepare --config NAME [--SECTION.FIELD VALUE ...]", "Fetch or write the text, tokenize it, and keep both under data/.")
     train = command("train --config NAME | --resume RUN [--SECTION.FIELD VALUE ...]", "Prepare, train, and keep everything about it in a run folder.")
     for sub in (prepare, train):
-        sub.add_argument("--config", action=ActionConfigFile, help="tiny, wikitext2, or the path of a YAML file; options after it override it")
+        sub.add_argument("--config", action=ActionConfigFile, help=f"{', '.join(PACKAGED)}, or the path of a YAML file; options after it override it")
         for section, cls in SECTIONS.items(): add_fields(sub, cls, section)
     train.add_argument("--folder", type=str | None, help="folder to keep the run in; left out, runs/ and the name of the configuration")
     train.add_argument("--resume", type=str | None, help="go on with the run in this folder; auto takes the newest that is not complete, and with --config begins one if there is none")
@@ -145,7 +145,7 @@ def parse(
     cfg = parser.instantiate(parser.parse_args(args))
     settings = cfg[cfg.subcommand]
     if cfg.subcommand in ("prepare", "train"):
-        check(settings.config, "--config is missing: give tiny, wikitext2, or the path of a YAML file")
+        check(settings.config, f"--config is missing: give {', '.join(PACKAGED)}, or the path of a YAML file")
         if settings.model.from_hf:  # what a file says of the shape gives way; what is typed must agree
             typed = [arg[2:].split("=")[0] for arg in args if re.match(r"--(data|model)\.", arg)]
             settings.data, settings.model = begun_from(settings.data, settings.model, Path(settings.resume) if settings.get("resume") else None, typed)
