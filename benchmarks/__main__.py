@@ -11,6 +11,8 @@ from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
 
+from benchmarks import run
+
 HERE = Path(__file__).parent
 SMALL, MID = dict(V=50257, C=256, L=4, H=8, T=128, B=32), dict(V=50257, C=512, L=8, H=8, T=256, B=8)
 TRAIN = dict(task="train", precision="fp32", compile=False, dropout=0.0, flags="own")
@@ -210,4 +212,4 @@ def main() -> None:
     picture(rows, HERE/"results"/"speed.png")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": run(main)

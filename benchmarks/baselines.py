@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import run
+
 HERE = Path(__file__).parent
 
 
@@ -89,4 +91,4 @@ def main() -> None:
     for row in found: print(f"{row['name']:20} validation {row['validation']:8.1f}  test {row['test']:8.1f}")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": run(main)

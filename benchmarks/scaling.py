@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import run
 from tinytransformer.data import DataConfig, prepare
 from tinytransformer.model import ModelConfig, Transformer, count_parameters
 from tinytransformer.train import TrainConfig, evaluate, fit
@@ -43,4 +44,4 @@ def main() -> None:
     (HERE/"results"/"scaling.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": run(main)

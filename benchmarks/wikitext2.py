@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from benchmarks import run
 from tinytransformer.data import Corpus, DataConfig, prepare
 from tinytransformer.generate import SampleConfig, complete
 from tinytransformer.model import ModelConfig, Transformer, count_parameters
@@ -186,4 +187,4 @@ def main() -> None:
     args.do(args)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": run(main)

@@ -1,5 +1,5 @@
 """The benchmarks run; how fast is not asked here."""
-import lzma, subprocess, sys
+import lzma, shutil, subprocess, sys
 from collections import Counter
 
 import numpy as np
@@ -30,6 +30,17 @@ def counted_by_hand(train: list[int], vocab_size: int, order: int):
             if seen: p = (max(seen.get(word, 0) - discount(k), 0) + discount(k) * len(seen) * p) / sum(seen.values())
         return p
     return probability
+
+
+def test_text_that_cannot_be_had(tmp_path, monkeypatch):
+    "One line says so, and the results stay as they are."
+    for name in ("HF_HOME", "HF_DATASETS_CACHE"): monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shutil.copytree(ROOT/"benchmarks", tmp_path/"benchmarks")
+    before = {path: path.read_bytes() for path in (tmp_path/"benchmarks"/"results").iterdir()}
+    done = subprocess.run([sys.executable, "-m", "benchmarks.baselines"], cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Salesforce/wikitext" in done.stderr, done.stderr
+    assert before == {path: path.read_bytes() for path in (tmp_path/"benchmarks"/"results").iterdir()}
 
 
 @pytest.mark.parametrize("order", [1, 2, 4])
