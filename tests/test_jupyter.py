@@ -4,7 +4,7 @@ import re, shutil
 import pytest
 from conftest import ROOT, jupyter_lab, run_all
 
-CHAPTERS = sorted((ROOT/"nbs").glob("0*.ipynb"))
+CHAPTERS = sorted((ROOT/"nbs").glob("0*.ipynb"), reverse=True)  # the longest first, so that no worker is left alone with one of them
 
 
 @pytest.fixture(scope="module")
