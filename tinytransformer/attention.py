@@ -69,7 +69,7 @@ class MultiHeadAttention(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         q, k, v = self.queries_keys_values(x)
         p = self.dropout if self.training else 0.0
-        if return_weights or p > 0 and x.device.type == "cpu":  # there the fused kernel draws what to drop slowly
+        if return_weights or (p > 0 and x.device.type == "cpu"):  # there the fused kernel is slow with dropout
             weights = attention_weights(q, k)
             heads = drop(weights, p) @ v
         elif q.dtype == torch.bfloat16 and x.device.type == "cpu":  # there its way back is slow in bf16

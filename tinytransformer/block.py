@@ -26,7 +26,7 @@ class FeedForward(nn.Sequential):
 
 # %% ../nbs/03_block.ipynb #6324a399
 def swiglu_dim(embed_dim: int) -> int:
-    "Two thirds of 4C, rounded to a multiple of 32: as many numbers in three matrices as in the two of `FeedForward`."
+    "Two thirds of 4C, rounded to a multiple of 32: about as many numbers in three matrices as in the two of `FeedForward`."
     return 32 * max(1, round(embed_dim / 12))
 
 class SwiGLU(nn.Module):
