@@ -26,11 +26,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
-    """One thread for each worker and for the commands it starts: there are as many workers as cores, and sums over other numbers of threads differ in their last bits.
-
-    `tiny` is trained on two all the same. While the other worker has one of the cores, threads that sleep as they wait for each other make more than twice the steps of threads that spin.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded, in workers too
+    "One thread for each worker and for the commands it starts: there are as many workers as cores, and sums over other numbers of threads differ in their last bits."
     import torch
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)

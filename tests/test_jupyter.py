@@ -27,12 +27,22 @@ def test_it_opens_at_the_start(launch, book, tmp_path):
     page.locator(".jp-Notebook h1", has_text="tinytransformer").wait_for(timeout=60_000)
 
 
+@pytest.fixture(scope="module")
+def lab(launch, book, tmp_path_factory):
+    "A page in which JupyterLab is loaded, once for all chapters."
+    page = launch(tmp_path_factory.mktemp("profile")).new_page()
+    page.goto(f"{book[1]}/lab?reset&token=abc")
+    page.wait_for_function("window.jupyterapp")
+    page.evaluate("jupyterapp.restored")
+    return page
+
+
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
-def test_run_all(launch, book, tmp_path, chapter):
+def test_run_all(lab, chapter):
     "Run > Run All Cells: every cell has run, and none has failed."
-    page = launch(tmp_path).new_page()
-    page.goto(f"{book[1]}/lab/tree/{chapter.name}?reset&token=abc")
-    run_all(page)
-    cells = page.evaluate("jupyterapp.shell.currentWidget.content.widgets.filter(cell => cell.model.type === 'code').map(cell => cell.model.sharedModel.toJSON())")
+    lab.evaluate("async path => (await jupyterapp.commands.execute('docmanager:open', {path})).context.ready", chapter.name)
+    run_all(lab)
+    cells = lab.evaluate("jupyterapp.shell.currentWidget.content.widgets.filter(cell => cell.model.type === 'code').map(cell => cell.model.sharedModel.toJSON())")
+    lab.evaluate("jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
     assert cells and not [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error" or output.get("name") == "stderr"]
     assert all(cell["execution_count"] for cell in cells if "".join(cell["source"]).strip())

@@ -1060,7 +1060,7 @@ def trained_tiny(
     with FileLock(f"{run}.lock"):
         if not run.exists():
             threads = torch.get_num_threads()
-            torch.set_num_threads(2)  # the same sums in the same order, however many cores there are
+            torch.set_num_threads(1)  # the same sums in the same order, however many cores there are
             try:
                 with whole_folder(run) as folder: train_run(folder, data, model, train)
             finally: torch.set_num_threads(threads)
