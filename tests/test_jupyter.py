@@ -41,6 +41,7 @@ def lab(launch, book, tmp_path_factory):
 def test_run_all(lab, chapter):
     "Run > Run All Cells: every cell has run, and none has failed."
     lab.evaluate("async path => (await jupyterapp.commands.execute('docmanager:open', {path})).context.ready", chapter.name)
+    assert lab.evaluate("jupyterapp.shell.currentWidget.context.path") == chapter.name
     run_all(lab)
     cells = lab.evaluate("jupyterapp.shell.currentWidget.content.widgets.filter(cell => cell.model.type === 'code').map(cell => cell.model.sharedModel.toJSON())")
     lab.evaluate("jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
