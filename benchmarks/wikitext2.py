@@ -158,7 +158,7 @@ def recipe(args: argparse.Namespace) -> None:
         tokens = [m["tokens_per_second"] for m in metrics]
         each = train.batch_size * found.model.cfg.seq_len
         sample = complete(found.model, found.tokenizer, " = The old bridge = \n", SampleConfig(max_new_tokens=120, temperature=0.8, top_p=0.95))[0]
-        row = dict(seed=seed, subset=data.subset, parameters=count_parameters(found.model), steps=metrics[-1]["step"], epochs=metrics[-1]["epoch"], best_step=read_json(run/"summary.json")["best_step"],
+        row = dict(seed=seed, subset=data.subset, parameters=count_parameters(found.model), steps=metrics[-1]["step"], epochs=metrics[-1]["epoch"], best_step=read_json(run/"summary.json")["best_step"], precision=read_json(run/"environment.json")[0]["precision"],  # what the device had, not what was asked for
                    seconds=sum(each / t for t in tokens), tokens_per_second=statistics.median(tokens), memory_mb=max(m["memory_mb"] for m in metrics),
                    train=perplexities(statistics.mean(m["loss"] for m in metrics[-100:]), corpus.about["train"])["word_perplexity"],  # of the last batches, with dropout
                    **{f"{split}{kind}": word_perplexity(found.model, corpus, split, step) for split in ("validation", "test") for kind, step in (("", None), ("_sliding", stride))},
