@@ -83,7 +83,7 @@ def jupyter_lab(folder: Path, *begin: str) -> Iterator[str]:
     except subprocess.TimeoutExpired: server.kill()
 
 
-def run_all(page: Page) -> None:
+def run_all(page: Page, panel: str = "jupyterapp.shell.currentWidget") -> None:
     "As the menu does, once the kernel can be reached."
-    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.connectionStatus === 'connected'", timeout=60_000)
-    page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.wait_for_function(f"window.jupyterapp && {panel}?.sessionContext?.session?.kernel?.connectionStatus === 'connected'", timeout=60_000)
+    page.evaluate(f"jupyterapp.commands.execute('notebook:run-all-cells', {{semanticWidget: {panel}.id}})")
