@@ -21,7 +21,7 @@ from benchmarks import run
 from tinytransformer.data import Corpus, DataConfig, prepare
 from tinytransformer.generate import SampleConfig, complete
 from tinytransformer.model import ModelConfig, Transformer, count_parameters
-from tinytransformer.train import TrainConfig, evaluate, fit, load_run, make_config, config_file, perplexities, read_config, read_json, read_rows, train_run
+from tinytransformer.train import Stopped, TrainConfig, evaluate, fit, load_run, make_config, config_file, perplexities, read_config, read_json, read_rows, train_run
 
 HERE = Path(__file__).parent
 RESULTS = HERE/"results"/"wikitext2.json"
@@ -152,7 +152,9 @@ def recipe(args: argparse.Namespace) -> None:
         said = read_config(config_file(args.name))
         if args.subset: said["data"]["subset"] = args.subset
         data, model, train = make_config(DataConfig, "data", said["data"] | dict(data_dir=DATA["data_dir"])), make_config(ModelConfig, "model", said["model"]), make_config(TrainConfig, "train", said["train"] | dict(seed=seed))
-        if not (run/"summary.json").exists(): train_run(run, data, model, train, resume=(run/"config.yaml").exists())
+        try:
+            if not (run/"summary.json").exists(): train_run(run, data, model, train, resume=(run/"config.yaml").exists())
+        except Stopped as stopped: raise SystemExit(f"{stopped}: the same command goes on from there")
         found, corpus, metrics = load_run(run), prepare(data), read_rows(run/"metrics.jsonl")
         stride = found.model.cfg.seq_len // 4
         tokens = [m["tokens_per_second"] for m in metrics]
