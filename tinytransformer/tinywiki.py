@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIELD', 'NAMES', 'WORDS', 'PEOPLE', 'PLACES', 'BANDS', 'WIKI', 'odds', 'Piece', 'Article', 'write_article',
-           'readings', 'check_grammar', 'zipf', 'articles', 'splits']
+           'Derivation', 'parse', 'readings', 'check_grammar', 'zipf', 'continuations', 'certain_facts', 'articles',
+           'splits']
 
 # %% ../nbs/appendix/tinywiki.ipynb #d1c8c7bd
 import math, random, re
@@ -95,34 +96,56 @@ def write_article(
     return Article(pieces)
 
 # %% ../nbs/appendix/tinywiki.ipynb #4ca3014c
+class Derivation(NamedTuple):
+    "One way in which a grammar can write a text."
+    nats: float                                 # what its choices cost
+    recalled: tuple[tuple[str, int, int], ...]  # each repeated fact: its name, its first character and the one after its last
+
+
+def parse(
+    grammar: dict[str, list | dict],
+    text: str,
+    symbol: str = "article",
+    unfinished: list[tuple[str, float]] | None = None,  # gets the nats of every derivation that only begins with `text`, and the words that follow
+) -> Iterator[Derivation]:
+    "Every derivation of `text`: none if the grammar cannot write it, one if it is unambiguous."
+
+    def read(words: str, at: int, nats: float) -> int | None:
+        "Where `words` end if the text has them at character `at`."
+        if text.startswith(words, at): return at + len(words)
+        if unfinished is not None and words.startswith(text[at:]): unfinished.append((words[len(text) - at:], nats))
+
+    def match(template: str, at: int, nats: float, facts: dict, recalled: tuple) -> Iterator[tuple[int, float, dict, tuple]]:
+        "Every way to read `template` from character `at` on: where it ends, the nats and facts so far, and the facts repeated so far."
+        field = FIELD.search(template)
+        at = read(template[:field.start()] if field else template, at, nats)
+        if at is None: return
+        if not field:
+            yield at, nats, facts, recalled
+            return
+        name, kind, value = field.groups()
+        if kind == "=": ways = [(at, nats, facts | {name: value}, recalled)]
+        elif kind == ":": ways = ((end, paid, known | {name: text[at:end]}, spans) for end, paid, known, spans in expand(value, at, nats, facts, recalled))
+        elif name in facts:
+            end = read(facts[name], at, nats)
+            ways = [] if end is None else [(end, nats, facts, (*recalled, (name, at, end)))]
+        else: ways = expand(name, at, nats, facts, recalled)
+        for way in ways: yield from match(template[field.end():], *way)
+
+    def expand(rule: str, at: int, nats: float, facts: dict, recalled: tuple) -> Iterator[tuple[int, float, dict, tuple]]:
+        for option, p in zip(*odds(grammar[rule])): yield from match(option, at, nats - math.log(p), facts, recalled)
+
+    for end, nats, _, recalled in expand(symbol, 0, 0.0, {}, ()):
+        if end == len(text): yield Derivation(nats, recalled)
+
+
 def readings(
     grammar: dict[str, list | dict],
     text: str,
     symbol: str = "article",
 ) -> list[float]:  # one number for every way in which `symbol` can become `text`
-    "The nats of every derivation of `text`: none if the grammar cannot write it, one if it is unambiguous."
-    def match(template: str, at: int, facts: dict) -> Iterator[tuple[int, float, dict]]:
-        "Every way to read `template` from character `at` on: where it ends, its nats, the facts known then."
-        field = FIELD.search(template)
-        literal = template[:field.start()] if field else template
-        if not text.startswith(literal, at): return
-        at += len(literal)
-        if not field:
-            yield at, 0.0, facts
-            return
-        name, kind, value = field.groups()
-        if kind == "=": found = [(at, 0.0, facts | {name: value})]
-        elif kind == ":": found = ((end, nats, known | {name: text[at:end]}) for end, nats, known in expand(value, at, facts))
-        elif name in facts: found = [(at + len(facts[name]), 0.0, facts)] if text.startswith(facts[name], at) else []
-        else: found = expand(name, at, facts)
-        for end, nats, known in found:
-            for last, more, then_known in match(template[field.end():], end, known): yield last, nats + more, then_known
-
-    def expand(rule: str, at: int, facts: dict) -> Iterator[tuple[int, float, dict]]:
-        for option, p in zip(*odds(grammar[rule])):
-            for end, nats, known in match(option, at, facts): yield end, nats - math.log(p), known
-
-    return [nats for end, nats, _ in expand(symbol, 0, {}) if end == len(text)]
+    "The nats of every derivation of `text`."
+    return [derivation.nats for derivation in parse(grammar, text, symbol)]
 
 # %% ../nbs/appendix/tinywiki.ipynb #5f50c42b
 def check_grammar(
@@ -234,6 +257,30 @@ BANDS = {
 
 # %% ../nbs/appendix/tinywiki.ipynb #6da73660
 WIKI = {"article": {"{woman}": 7, "{man}": 7, "{place}": 1, "{band}": 1}, **PEOPLE, **PLACES, **BANDS, **NAMES, **WORDS}
+
+# %% ../nbs/appendix/tinywiki.ipynb #3f690ae4
+def continuations(
+    grammar: dict[str, list | dict],
+    text: str,              # the beginning of an article
+    symbol: str = "article",
+) -> dict[str, float]:  # the words up to the next field of a template -> their probability; "" where the article can end
+    "What can follow `text`, with its probability; nothing where the grammar cannot write such a beginning."
+    found = []
+    for derivation in parse(grammar, text, symbol, found): found.append(("", derivation.nats))
+    weights = {}
+    for words, nats in found: weights[words] = weights.get(words, 0.0) + math.exp(-nats)
+    total = sum(weights.values())
+    return {words: weight / total for words, weight in weights.items()}
+
+# %% ../nbs/appendix/tinywiki.ipynb #e4ccbb9e
+def certain_facts(
+    text: str,  # a whole article
+    grammar: dict[str, list | dict] = WIKI,
+) -> list[tuple[str, int, int]]:  # the name of the fact, its first character and the one after its last
+    "The repeated facts of an article that could not be anything else, given what stands before them."
+    derivation = next(parse(grammar, text), None)
+    if derivation is None: raise ValueError("the grammar cannot have written this text: give an article of its own")
+    return [fact for fact in derivation.recalled if list(continuations(grammar, text[:fact[1]])) == [text[fact[1]:fact[2]]]]
 
 # %% ../nbs/appendix/tinywiki.ipynb #098b0aaf
 def articles(
