@@ -308,6 +308,11 @@ class Corpus:
     @property
     def vocab_size(self) -> int: return self.tokenizer.get_vocab_size()
 
+    @property
+    def content(self) -> str:
+        "A digest of the tokens themselves: the same wherever the same text was prepared, whatever wrote the files."
+        return digest(*(self.streams[split].numpy().tobytes() for split in SPLITS))
+
     def floor(self, split: str) -> float | None:
         "The entropy of the split in nats per token, where it is known: no model can be expected to do better."
         nats = self.about[split].get("nats")

@@ -38,6 +38,7 @@ class ModelConfig:
     attention_dropout: float | None = None  # of the attention weights
     embedding_dropout: float | None = None  # of what goes into the first block
     tie_weights: bool = False      # use the token embedding as the output projection too
+    init_std: float = 0.02         # standard deviation of the first weights inside the blocks; the embeddings and the head begin with 0.02
     activation: str = "relu"       # of the feed-forward networks: relu, gelu as in GPT-2, or swiglu
     norm: str = "layer"            # layer, or rms
     positions: str = "learned"     # learned, or rotary
@@ -48,6 +49,7 @@ class ModelConfig:
             check(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: give at least 1")
         check(self.vocab_size is None or self.vocab_size >= 2, f"model.vocab_size is {self.vocab_size}: give at least 2")
         check(self.embed_dim % self.num_heads == 0, f"model.num_heads {self.num_heads} does not divide model.embed_dim {self.embed_dim}: choose a divisor")
+        check(0 < self.init_std < 10, f"model.init_std is {self.init_std}: give more than 0 and less than 10")
         for name in ("dropout", "attention_dropout", "embedding_dropout"):
             check(0 <= (getattr(self, name) or 0) < 1, f"model.{name} is {getattr(self, name)}: give 0 or more, and less than 1")
         for name, known in dict(activation=(*ACTIVATIONS, "swiglu"), norm=NORMS, positions=("learned", "rotary")).items():
@@ -88,6 +90,9 @@ class Transformer(nn.Module):
         self.apply(init_weights)
         for name, weight in self.named_parameters():  # each block adds to the stream twice: start those additions smaller
             if name.endswith(("attention.proj.weight", "ffn.2.weight", "ffn.down.weight")): nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * cfg.num_layers))
+        with torch.no_grad():
+            for weight in self.blocks.parameters():
+                if weight.ndim == 2: weight *= cfg.init_std / INIT_STD
         if cfg.tie_weights: self.head.weight = self.embeddings.token.weight
 
     def forward(self,
