@@ -22,7 +22,7 @@ setup(
     license="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
-    package_data={cfg["lib_name"]: ["configs/*.yaml", "*.js", "*.html"]},
+    package_data={cfg["lib_name"]: ["configs/*.yaml", "trained/*/*", "trained/*/*/*", "*.js", "*.html"]},
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("live", "track", "serve", "docs", "dev")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},

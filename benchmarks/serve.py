@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx, numpy as np, psutil
 from tinytransformer.generate import SampleConfig, complete
-from tinytransformer.train import trained_tiny
+from tinytransformer.train import load_run
 
 HERE = Path(__file__).parent
 PROMPTS, TOKENS = [" =", " = The", " = Nils", " = Edith"], 128
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4, help="texts that each client asks for, one after another; more where there are few clients")
     args = parser.parse_args()
-    run, rows = trained_tiny(HERE.parent), []
+    run, rows = load_run("tiny"), []
     for clients, together in ((1, 16), (8, 16), (64, 16), (64, 64)):
         server = subprocess.Popen([Path(sys.executable).with_name("tinytransformer"), "serve", run.folder, "--port", "0", "--rows", str(together)], stdout=subprocess.PIPE, text=True)
         try:

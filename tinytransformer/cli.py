@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'add_fields', 'make_parser', 'readable_config', 'unfinished', 'resumable', 'config_paths', 'parse',
            'prepare_command', 'new_folder', 'unseen_titles', 'first_article', 'progress_lines', 'train_command',
-           'evaluate_command', 'generate_command', 'sample_config', 'export_command', 'compare_command', 'serve_config',
-           'serve_command', 'describe', 'state_of', 'runs_command', 'plot_runs', 'one_line', 'process_name', 'main']
+           'training_report', 'evaluate_command', 'generate_command', 'sample_config', 'export_command',
+           'compare_command', 'serve_config', 'serve_command', 'describe', 'state_of', 'runs_command', 'plot_runs',
+           'one_line', 'process_name', 'main']
 
 # %% ../nbs/appendix/command_line.ipynb #aa1ab598
 import atexit, io, json, os, re, shlex, signal, sys, time
@@ -21,12 +22,12 @@ from fastcore.docments import docments
 from filelock import FileLock, Timeout
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
-from . import __version__
+from . import __version__, tinywiki
 from .__main__ import COMMANDS
 from .data import SPLITS, Corpus, DataConfig, InputError, check, prepare, write_whole
 from .generate import SampleConfig, compare, complete, stream
 from .model import ModelConfig, count_parameters, parameter_formula
-from .train import (PACKAGED, Elsewhere, Run, Stopped, TrainConfig, begun_from, config_file, evaluate, fast_products, load_run, make_config, on_main, perplexities, processes, read_config, read_json, read_rows,
+from .train import (EXCESS, PACKAGED, RECALL, TRAINED, Elsewhere, Run, Stopped, TrainConfig, begun_from, config_file, evaluate, fast_products, load_run, make_config, near_floor, on_main, perplexities, processes, read_config, read_json, read_rows, same_text,
                                    train_run)
 
 # %% ../nbs/appendix/command_line.ipynb #80320584
@@ -64,29 +65,29 @@ def make_parser(
     train.add_argument("--resume", type=str | None, help="go on with the run in this folder; auto takes the newest that is not complete, and with --config begins one if there is none")
 
     evaluate = command("evaluate RUN [--split SPLIT] [--stride N]", "Loss, perplexity and bits per byte of a trained model over a whole split; also written to the run.")
-    evaluate.add_argument("RUN", help="a run folder")
+    evaluate.add_argument("RUN", help="a run folder, or tiny, the run that comes with the package")
     evaluate.add_argument("--split", choices=SPLITS, default="validation", help="which rows to read")
     evaluate.add_argument("--stride", type=int | None, help="read it a second time, with windows that lie this many tokens apart and overlap")
 
     generate = command("generate RUN PROMPT [--FIELD VALUE ...]", "Continue a prompt. Settings left out are those of the run's configuration.")
-    generate.add_argument("RUN", help="a run folder")
+    generate.add_argument("RUN", help="a run folder, or tiny, the run that comes with the package")
     generate.add_argument("PROMPT", help="text to go on from, such as ' =' for a new article; before one that begins with -, put --")
     add_fields(generate, SampleConfig)
 
     compare = command("compare RUN PROMPT [--FIELD VALUE ...]", "Continue a prompt with several strategies, side by side. What a strategy does not set is taken as for generate.")
-    compare.add_argument("RUN", help="a run folder")
+    compare.add_argument("RUN", help="a run folder, or tiny, the run that comes with the package")
     compare.add_argument("PROMPT", help="text to go on from")
     add_fields(compare, SampleConfig)
 
     export = command("export RUN DIR", "Write a run as a folder that Hugging Face's transformers open as GPT-2, with a model card.")
-    export.add_argument("RUN", help="a run folder")
+    export.add_argument("RUN", help="a run folder, or tiny, the run that comes with the package")
     export.add_argument("DIR", help="the folder to write: a new or an empty one")
 
     runs = command("runs [FOLDER]", "The runs in a folder side by side, as a table and as curves in one picture.")
     runs.add_argument("FOLDER", nargs="?", default="runs", help="a folder of run folders")
 
     serve = command("serve RUN [--config FILE] [--FIELD VALUE ...]", "Answer over HTTP, by OpenAI's API for completions, until SIGTERM or Ctrl-C. Clients must show the key in TINYTRANSFORMER_KEY, if there is one.")
-    serve.add_argument("RUN", help="a run folder")
+    serve.add_argument("RUN", help="a run folder, or tiny, the run that comes with the package")
     serve.add_argument("--config", type=str | None, help="a YAML file with a section serve; options override it")
     if serving: add_fields(serve, serve_config(), skip={"key"})
 
@@ -123,6 +124,7 @@ def resumable(
         check(runs or config, "there is nothing to resume: no run in runs/ was begun and is not complete; give --config to begin one")
         if not runs: return rest
         run = str(runs[0])
+    check(run not in TRAINED or Path(run).is_dir(), f"{run} comes with the package and stays as it is: train your own with --config {run}")
     check((Path(run)/"config.yaml").is_file(), f"there is nothing to resume in {run}: it holds no config.yaml")
     return ["--config", str(Path(run)/"config.yaml"), "--resume", run, *rest] if not config else [*rest, "--resume", run]
 
@@ -218,18 +220,32 @@ def train_command(cfg: Namespace) -> None:
         if processes().is_main_process: print(f"tinytransformer: {stopped}; go on with: tinytransformer train --resume {shlex.quote(str(run))}", file=sys.stderr)
         sys.exit(143 if stopped.number == signal.SIGTERM else 0)
     if not processes().is_main_process: return
-    print("\n\n".join(article(trained.model, title) for title in titles))
-    s = json.loads((run/"summary.json").read_text())
-    floor = f"; the entropy floor is {s['floor']:.3f}" if s["floor"] else ""
-    print(f"\n{count_parameters(trained.model):,} parameters, best after {s['best_step']} of {s['steps']} steps: validation loss {s['val_loss']:.3f} nats per token{floor}")
-    print(f"perplexity {s['perplexity']:.2f} per token, {s['word_perplexity']:.2f} per word, {s['bits_per_byte']:.3f} bits per byte; everything is kept in {run}")
+    articles = [article(trained.model, title) for title in titles]
+    print("\n\n".join(articles), end="\n\n")
+    print("\n".join(training_report(trained, json.loads((run/"summary.json").read_text()), articles)))
+
+def training_report(
+    run: Run,
+    summary: dict,        # what summary.json holds
+    articles: list[str],  # that the model has written
+) -> list[str]:
+    "What a training came to, in a few lines; for TinyWiki beside what can be reached."
+    lines = [f"{count_parameters(run.model):,} parameters, best after {summary['best_step']} of {summary['steps']} steps: validation loss {summary['val_loss']:.3f} nats per token in separate blocks, "
+             f"perplexity {summary['perplexity']:.2f} per token, {summary['word_perplexity']:.2f} per word, {summary['bits_per_byte']:.3f} bits per byte"]
+    if summary["floor"]:
+        agree = sum(bool(tinywiki.continuations(tinywiki.WIKI, text)) for text in articles)
+        lines.append(f"with sliding windows, where nearly every token has its article before it: {summary['sliding_loss']:.3f}; the entropy floor is {summary['floor']:.3f}")
+        lines.append(f"facts recalled: {summary['fact_recall']:.1%}; of the {len(articles)} articles above, {agree} agree with themselves in every fact")
+        if not near_floor(summary): lines.append(f"A model can come within {EXCESS} nats of the floor and recall {RECALL:.0%} of the facts, and this one does not: train for longer (--train.max_steps), or with another --train.seed.")
+    return [*lines, f"everything is kept in {run.folder}"]
+
 
 # %% ../nbs/appendix/command_line.ipynb #8cfeebba
 def evaluate_command(cfg: Namespace) -> None:
     "One split, read whole."
     run = load_run(cfg.RUN)
     corpus = prepare(DataConfig(**run.config["data"]))
-    check(corpus.fingerprint == run.checkpoint["data"], f"{cfg.RUN} was trained on other data than what is in {run.config['data']['data_dir']} now: train again")
+    check(same_text(run.checkpoint, dict(data=corpus.fingerprint, tokens=corpus.content)), f"{cfg.RUN} was trained on other data than what is in {run.config['data']['data_dir']} now: train again")
     about, floor = corpus.about[cfg.split], corpus.floor(cfg.split)
     kept = run.folder/"evaluation.json"
     found = read_json(kept)
@@ -241,7 +257,7 @@ def evaluate_command(cfg: Namespace) -> None:
         row = dict(step=run.checkpoint["step"], tokens=about["tokens"], loss=loss, floor=floor, **perplexities(loss, about))
         found.setdefault(cfg.split, {})[name] = row
         print(f"{cfg.split:11} {name:14} {about['tokens']:>9,} {loss:7.3f} {f'{floor:7.3f}' if floor else '      -'} {row['perplexity']:11.2f} {row['word_perplexity']:9.2f} {row['bits_per_byte']:9.3f}")
-    write_whole(kept, json.dumps(found, indent=1))
+    if run.folder not in TRAINED.values(): write_whole(kept, json.dumps(found, indent=1))  # what comes with the package stays as it is
 
 def generate_command(cfg: Namespace) -> None:
     "Continue a prompt."
