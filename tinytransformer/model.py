@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INIT_STD', 'HF_ACTIVATIONS', 'ModelConfig', 'init_weights', 'Transformer', 'next_token_loss', 'count_parameters',
            'parameter_formula', 'flops_per_token', 'HeadLoss', 'head_loss', 'hf_names', 'turned', 'hf_folder',
-           'read_hf_config', 'hf_shape', 'read_hf_weights', 'take_hf_weights', 'to_hf']
+           'read_hf_config', 'hf_shape', 'read_hf_weights', 'take_hf_weights', 'from_hf', 'to_hf']
 
 # %% ../nbs/04_model.ipynb #a6b57d30
 import json, math, os, re
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
-from fastcore.basics import patch
 from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional as F
@@ -300,9 +299,8 @@ def take_hf_weights(
 # %% ../nbs/04_model.ipynb #f2c4b749
 if TYPE_CHECKING: from transformers import GPT2LMHeadModel
 
-@patch(cls_method=True)
 def from_hf(
-    cls: Transformer,
+    cls: type[Transformer],
     source: "str | Path | GPT2LMHeadModel",  # a folder, the Hub's owner/name, or the model itself
 ) -> Transformer:
     "The same model with GPT-2's weights, in evaluation mode; `InputError` names the field or the tensor that does not fit."
@@ -311,6 +309,8 @@ def from_hf(
     with torch.device("meta"): model = cls(cfg)
     take_hf_weights(str(where), weights, model)
     return model.eval()
+
+Transformer.from_hf = classmethod(from_hf)
 
 def to_hf(
     model: Transformer,
