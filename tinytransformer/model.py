@@ -9,6 +9,7 @@ __all__ = ['INIT_STD', 'HF_ACTIVATIONS', 'ModelConfig', 'init_weights', 'Transfo
 
 # %% ../nbs/04_model.ipynb #a6b57d30
 import json, math, os, re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -190,11 +191,13 @@ def head_loss(
 ) -> torch.Tensor:         # scalar
     "The mean next-token loss in nats, equal to that of the logits, which are never there all at once."
     device = h.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else h.dtype
     learning = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     h, y = h.flatten(0, 1), y.flatten()
     if not learning: h, y = h[y >= 0], y[y >= 0]
-    return HeadLoss.apply(h, weight, y, dtype, learning)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():  # it casts by itself, and on CUDA autocast would turn its 16-bit sums into float32
+        return HeadLoss.apply(h, weight, y, dtype, learning)
 
 # %% ../nbs/04_model.ipynb #dfbdced1
 def hf_names(
