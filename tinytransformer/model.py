@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['INIT_STD', 'HF_ACTIVATIONS', 'ModelConfig', 'init_weights', 'Transformer', 'next_token_loss', 'count_parameters',
            'parameter_formula', 'flops_per_token', 'HeadLoss', 'head_loss', 'hf_names', 'turned', 'hf_folder',
-           'read_hf_config', 'hf_shape', 'read_hf_weights', 'take_hf_weights', 'to_hf']
+           'read_hf_config', 'hf_shape', 'read_hf_weights', 'take_hf_weights', 'from_hf', 'to_hf']
 
 # %% ../nbs/04_model.ipynb #a6b57d30
 import json, math, os, re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
-from fastcore.basics import patch
 from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional as F
@@ -196,11 +196,13 @@ def head_loss(
 ) -> torch.Tensor:         # scalar
     "The mean next-token loss in nats, equal to that of the logits, which are never there all at once."
     device = h.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else h.dtype
     learning = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     h, y = h.flatten(0, 1), y.flatten()
     if not learning: h, y = h[y >= 0], y[y >= 0]
-    return HeadLoss.apply(h, weight, y, dtype, learning)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():  # it casts by itself, and on CUDA autocast would turn its 16-bit sums into float32
+        return HeadLoss.apply(h, weight, y, dtype, learning)
 
 # %% ../nbs/04_model.ipynb #dfbdced1
 def hf_names(
@@ -305,9 +307,8 @@ def take_hf_weights(
 # %% ../nbs/04_model.ipynb #f2c4b749
 if TYPE_CHECKING: from transformers import GPT2LMHeadModel
 
-@patch(cls_method=True)
 def from_hf(
-    cls: Transformer,
+    cls: type[Transformer],
     source: "str | Path | GPT2LMHeadModel",  # a folder, the Hub's owner/name, or the model itself
 ) -> Transformer:
     "The same model with GPT-2's weights, in evaluation mode; `InputError` names the field or the tensor that does not fit."
@@ -316,6 +317,8 @@ def from_hf(
     with torch.device("meta"): model = cls(cfg)
     take_hf_weights(str(where), weights, model)
     return model.eval()
+
+Transformer.from_hf = classmethod(from_hf)
 
 def to_hf(
     model: Transformer,

@@ -10,10 +10,10 @@ __all__ = ['CONFIGS', 'PACKAGED', 'STOP_SIGNALS', 'MAY_CHANGE', 'START', 'EXCESS
            'fast_products', 'train_step', 'Progress', 'Stopped', 'noted_signals', 'agreed', 'memory_mb', 'progress_bar',
            'Diverged', 'fit', 'random_state', 'set_random_state', 'Elsewhere', 'on_main', 'unwrapped',
            'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'check_weights', 'load_weights', 'restore', 'say',
-           'unchanged', 'read_start', 'same_text', 'Checkpoints', 'environment', 'git_commit', 'read_rows', 'read_json',
-           'JsonLines', 'plot_metrics', 'live_curve', 'Trackers', 'run_lock', 'refuse', 'explained', 'summary',
-           'near_floor', 'compare_with_floor', 'train_run', 'begun_from', 'first_weights', 'whole_model', 'begin',
-           'finish', 'Run', 'load_run']
+           'unchanged', 'read_start', 'same_text', 'Checkpoints', 'installed_version', 'environment', 'git_commit',
+           'read_rows', 'read_json', 'JsonLines', 'plot_metrics', 'live_curve', 'Trackers', 'run_lock', 'refuse',
+           'explained', 'summary', 'near_floor', 'compare_with_floor', 'train_run', 'begun_from', 'first_weights',
+           'whole_model', 'begin', 'finish', 'Run', 'load_run']
 
 # %% ../nbs/05_train.ipynb #5bcde0d9
 import copy, inspect, io, json, math, os, platform, random, re, shlex, signal, subprocess, sys, threading, time
@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -703,13 +703,18 @@ class Checkpoints:
         save_checkpoint([*folders, (self.run/"last", self.run/"previous")], model, optimizer, info)
 
 # %% ../nbs/05_train.ipynb #f23078dc
+def installed_version(package: str) -> str | None:
+    "The version of an installed package; None where it is missing."
+    try: return version(package)
+    except PackageNotFoundError: return None
+
 def environment(
     accelerator: Accelerator,
 ) -> dict:
     "Where and with what this process trains."
     packages = "torch accelerate tokenizers datasets transformers safetensors numpy".split()
     return dict(started=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=" ".join(sys.argv), python=platform.python_version(), platform=platform.platform(),
-                versions=dict(tinytransformer=__version__, **{name: version(name) for name in packages}), commit=git_commit(), processes=accelerator.num_processes,
+                versions=dict(tinytransformer=__version__, **{name: installed_version(name) for name in packages}), commit=git_commit(), processes=accelerator.num_processes,
                 device=torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"{accelerator.device.type}, {os.cpu_count()} cores", threads=torch.get_num_threads(),
                 precision="bf16" if accelerator.mixed_precision == "bf16" else "fp32")
 
