@@ -2,7 +2,7 @@
 
 python -m benchmarks.tiny          twenty trainings: ten seeds, one thread and two, three sets of processor instructions
 python -m benchmarks.tiny --quick  five of them
-python -m benchmarks.tiny --variants   the recipe without its two peculiarities, for the same seeds
+python -m benchmarks.tiny --variants   the recipe without one of its three peculiarities each, for the same seeds
 python -m benchmarks.tiny ship     train once on one thread, and put the run into the package
 
 Every training is written to benchmarks/results/tiny.json as soon as it ends, and one that stands there already is not
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from benchmarks import run
 from tinytransformer.data import digest, write_whole
-from tinytransformer.train import TRAINED, config_file, environment_of_machine, near_floor, read_json
+from tinytransformer.train import TRAINED_FOLDER, config_file, near_floor, processor, read_json
 
 RESULTS = Path(__file__).parent / "results" / "tiny.json"
 CAPABILITIES = (None, "avx2", "default")  # of ATen's kernels; None is the best that the machine has
@@ -38,7 +38,7 @@ QUICK = [training for training in TRAININGS if (training["seed"], training["thre
 VARIANTS = {
     "AdamW instead of Muon": ["--train.optimizer", "adamw"],
     "first weights of 0.02": ["--model.init_std", "0.02"],
-    "AdamW, first weights of 0.02": ["--train.optimizer", "adamw", "--model.init_std", "0.02"],
+    "positions begin at random": ["--model.position_start", "normal"],
 }
 
 
@@ -63,7 +63,7 @@ def measure(training: dict, variant: str, options: list[str]) -> dict:
         found = train(Path(folder), **training, options=options)
     kept = ("seconds", "steps", "val_loss", "sliding_loss", "floor", "fact_recall")
     row = dict(variant=variant, **training, **{name: found[name] for name in kept})
-    return row | dict(near_floor=near_floor(found), date=str(date.today()), machine=environment_of_machine()["processor"], torch=torch.__version__)
+    return row | dict(near_floor=near_floor(found), date=str(date.today()), machine=processor()["processor"], torch=torch.__version__)
 
 
 def report(row: dict) -> str:
@@ -102,7 +102,7 @@ def ship() -> None:
     "Train with the recipe's own seed on one thread, and put the run into the package."
     with tempfile.TemporaryDirectory() as folder:
         train(Path(folder), seed=0, threads=1, capability=None, options=[])
-        trained, target = Path(folder) / "runs/tiny", TRAINED_DIR / "tiny"
+        trained, target = Path(folder) / "runs/tiny", TRAINED_FOLDER / "tiny"
         shutil.rmtree(target, ignore_errors=True)
         keep = ("config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "summary.json", "tokenizer.json")
         for name in (*keep, "best/checkpoint.json", "best/model.safetensors"):
@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", nargs="?", choices=["measure", "ship"], default="measure")
     parser.add_argument("--quick", action="store_true", help="five trainings instead of twenty")
-    parser.add_argument("--variants", action="store_true", help="also train without the recipe's two peculiarities")
+    parser.add_argument("--variants", action="store_true", help="also train without one of the recipe's three peculiarities each")
     given = parser.parse_args()
     if given.action == "ship":
         ship()

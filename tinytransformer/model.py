@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .block import ACTIVATIONS, NORMS, Block, swiglu_dim
 from .data import InputError, check, hub_error, is_hub_name
-from .embeddings import Embeddings
+from .embeddings import Embeddings, sinusoids
 
 # %% ../nbs/04_model.ipynb #2d19c347
 @dataclass
@@ -42,6 +42,7 @@ class ModelConfig:
     activation: str = "relu"       # of the feed-forward networks: relu, gelu as in GPT-2, or swiglu
     norm: str = "layer"            # layer, or rms
     positions: str = "learned"     # learned, or rotary
+    position_start: str = "normal" # what learned positions begin as: normal (random), or sinusoids
     from_hf: str | None = None     # begin with the weights of this GPT-2: a folder, or a name on the Hub; it brings its tokenizer and decides the fields above, but for seq_len and the dropouts
 
     def __post_init__(self):
@@ -52,7 +53,7 @@ class ModelConfig:
         check(0 < self.init_std < 10, f"model.init_std is {self.init_std}: give more than 0 and less than 10")
         for name in ("dropout", "attention_dropout", "embedding_dropout"):
             check(0 <= (getattr(self, name) or 0) < 1, f"model.{name} is {getattr(self, name)}: give 0 or more, and less than 1")
-        for name, known in dict(activation=(*ACTIVATIONS, "swiglu"), norm=NORMS, positions=("learned", "rotary")).items():
+        for name, known in dict(activation=(*ACTIVATIONS, "swiglu"), norm=NORMS, positions=("learned", "rotary"), position_start=("normal", "sinusoids")).items():
             check(getattr(self, name) in known, f"model.{name} is {getattr(self, name)!r}: give {' or '.join(known)}")
         check(self.positions == "learned" or self.head_dim % 2 == 0, f"a head has {self.head_dim} numbers, but rotary positions turn pairs: choose another model.num_heads or model.embed_dim")
 
@@ -93,6 +94,8 @@ class Transformer(nn.Module):
         with torch.no_grad():
             for weight in self.blocks.parameters():
                 if weight.ndim == 2: weight *= cfg.init_std / INIT_STD
+            if cfg.positions == "learned" and cfg.position_start == "sinusoids":
+                self.embeddings.position.weight.copy_(INIT_STD * math.sqrt(2) * sinusoids(cfg.seq_len, cfg.embed_dim))  # as large as the random ones
         if cfg.tie_weights: self.head.weight = self.embeddings.token.weight
 
     def forward(self,
