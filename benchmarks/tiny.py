@@ -26,6 +26,7 @@ from benchmarks import run
 from tinytransformer.data import digest, write_whole
 from tinytransformer.train import TRAINED_FOLDER, config_file, near_floor, processor, read_json
 
+COMMAND = str(Path(sys.executable).with_name("tinytransformer"))
 RESULTS = Path(__file__).parent / "results" / "tiny.json"
 CAPABILITIES = (None, "avx2", "default")  # of ATen's kernels; None is the best that the machine has
 
@@ -48,7 +49,7 @@ def train(folder: Path, seed: int, threads: int, capability: str | None, options
     variables |= dict(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1")
     if capability:
         variables["ATEN_CPU_CAPABILITY"] = capability
-    command = [sys.executable, "-m", "tinytransformer", "train", "--config", "tiny", "--train.seed", str(seed), *options]
+    command = [COMMAND, "train", "--config", "tiny", "--train.seed", str(seed), *options]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     if done.returncode:
