@@ -720,7 +720,7 @@ def environment(
 ) -> dict:
     "Where and with what this process trains."
     packages = "torch accelerate tokenizers datasets transformers safetensors numpy".split()
-    return dict(started=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), python=platform.python_version(), platform=platform.platform(),
+    return dict(started=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), python=platform.python_version(), platform=f"{platform.system()} {platform.machine()}",
                 versions=dict(tinytransformer=__version__, **{name: installed_version(name) for name in packages}), commit=git_commit(), processes=accelerator.num_processes,
                 device=torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"{accelerator.device.type}, {os.cpu_count()} cores", threads=torch.get_num_threads(), **processor(),
                 precision="bf16" if accelerator.mixed_precision == "bf16" else "fp32")
