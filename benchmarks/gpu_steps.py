@@ -77,11 +77,13 @@ GPT2 = dict(vocab_size=50304, seq_len=1024, embed_dim=768, num_heads=12, num_lay
 # dense bf16 operations a second by the makers' data sheets; the first name found in the card's own
 PEAKS = {
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "B200": 2250e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
 }
 
