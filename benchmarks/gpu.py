@@ -38,6 +38,7 @@ PART_SECONDS = dict(correctness=210, tiny=150, speed=210, writing=90)  # limits 
 START_SECONDS = 120  # for a worker to import everything
 GRACE_SECONDS = 20  # for a training to write its checkpoint when it is asked to stop
 LEAST_SECONDS = 5  # with less than this left, a step is not begun
+TOY_PATIENCE = 4  # a toy run may meet a busy CPU: its limits are this many times as long
 
 
 # ---- prepare ----
@@ -213,6 +214,7 @@ class Supervisor:
     def __init__(self, args: argparse.Namespace, results: Results):
         self.results, self.worker = results, None
         self.ends = time.monotonic() + 60 * args.minutes
+        self.patience = TOY_PATIENCE if args.toy else 1
         self.log = args.result.with_suffix(".log")
         self.settings = dict(
             folder=str(args.folder.resolve()),
@@ -249,10 +251,11 @@ class Supervisor:
         rest = self.seconds_left()
         if math.isinf(step.seconds):
             return rest - GRACE_SECONDS
-        return min(step.seconds, rest, part_ends - time.monotonic())
+        return min(self.patience * step.seconds, rest, part_ends - time.monotonic())
 
     def take_part(self, steps: list[Step]) -> None:
-        part_ends = time.monotonic() + PART_SECONDS.get(steps[0].part, math.inf)
+        limit = self.patience * PART_SECONDS.get(steps[0].part, math.inf)
+        part_ends = time.monotonic() + limit
         for step in steps:
             if self.results.is_done(step):
                 continue

@@ -77,11 +77,13 @@ GPT2 = dict(vocab_size=50304, seq_len=1024, embed_dim=768, num_heads=12, num_lay
 # dense bf16 operations a second by the makers' data sheets; the first name found in the card's own
 PEAKS = {
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "B200": 2250e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
 }
 
@@ -123,8 +125,18 @@ class Bench:
             train = replace(train, compile=False)
         return self.data(name), model, train
 
+    @property
+    def fast_precision(self) -> str:
+        "In which `fit` trains here when it is asked for bf16."
+        return "bf16" if has_bf16(self.device) else "fp32"
+
     def precisions(self) -> list[str]:
+        "In which the checks are made; a CPU without bf16 can at least imitate it."
         return ["fp32", "bf16"] if self.toy or has_bf16(self.device) else ["fp32"]
+
+    def compilations(self) -> list[bool]:
+        "Eager, and compiled if that is not switched off."
+        return [False, True] if self.compile else [False]
 
     def autocast(self, precision: str):
         bf16 = precision == "bf16"
@@ -239,9 +251,9 @@ def model_against_cpu(bench: Bench, name: str) -> None:
     next_token_loss(exact_logits, y).backward()
     limits = dict(fp32=(1e-5, 1e-4), bf16=(2e-2, 5e-2))
     for precision in bench.precisions():
-        for compiled in (False, True):
+        for compiled in bench.compilations():
             net = deepcopy(model).to(bench.device)
-            if compiled and bench.compile:
+            if compiled:
                 for block in net.blocks:
                     block.compile()
             with bench.autocast(precision):
@@ -258,7 +270,7 @@ def model_against_cpu(bench: Bench, name: str) -> None:
                         what=f"{what} against the CPU in float64",
                         model=name,
                         precision=precision,
-                        compiled=compiled and bench.compile,
+                        compiled=compiled,
                         relative_error=error,
                         limit=limit,
                         ok=error < limit,
@@ -356,9 +368,9 @@ def dropout_seeds(bench: Bench) -> None:
     }
     for what, ok in checks.items():
         bench.report(dict(what=f"dropout: {what}", ok=ok))
-    for compiled in (False, True):
+    for compiled in bench.compilations():
         model = small_model(bench, RECIPE, dropout=0.2).to(bench.device)
-        if compiled and bench.compile:
+        if compiled:
             for block in model.blocks:
                 block.compile()
         tokens = random_tokens(bench, model, batch_size=2).to(bench.device)
@@ -369,7 +381,7 @@ def dropout_seeds(bench: Bench) -> None:
         bench.report(
             dict(
                 what="dropout: a model's loss, once for a seed and different for another",
-                compiled=compiled and bench.compile,
+                compiled=compiled,
                 losses=losses,
                 ok=losses[0] == losses[1] != losses[2],
             )
@@ -405,7 +417,7 @@ def repeated_and_resumed(bench: Bench, precision: str, compiled: bool, exact: bo
             bench.report(
                 dict(
                     what=what,
-                    precision=precision,
+                    precision=precision_of(run),
                     compiled=compiled,
                     deterministic_algorithms=exact,
                     equal_bytes=equal,
@@ -440,6 +452,11 @@ def killed_training(task: dict) -> None:
     )
     with deterministic_algorithms(task["exact"]):
         train_run(Path(task["run"]), *sections, log=kill)
+
+
+def precision_of(run: Path) -> str:
+    "In which a run was trained, whatever it was asked for."
+    return read_json(run / "environment.json", list)[0]["precision"]
 
 
 def compare_runs(a: Path, b: Path) -> tuple[bool, float, int | None]:
@@ -502,7 +519,7 @@ def report_run(bench: Bench, name: str, run: Path) -> None:
             training_seconds=sum(each / m["tokens_per_second"] for m in metrics),
             tokens_per_second=statistics.median(m["tokens_per_second"] for m in metrics),
             memory_mb=max(m["memory_mb"] for m in metrics),
-            precision=read_json(run / "environment.json", list)[0]["precision"],
+            precision=precision_of(run),
             text=sample_text(found, model),
         )
     )
@@ -552,7 +569,7 @@ def speed_row(bench: Bench, library: str, compiled: bool, seconds: float) -> dic
     return dict(
         what="training at the 124M shape",
         library=library,
-        precision=bench.precisions()[-1],
+        precision=bench.fast_precision,
         compiled=compiled and bench.compile,
         batch_size=B,
         seq_len=cfg.seq_len,
@@ -603,7 +620,7 @@ def speed_ours(bench: Bench, compiled: bool) -> None:
         batch_size=batch_size(bench),
         learning_rate=6e-4,
         min_learning_rate=6e-5,
-        precision=bench.precisions()[-1],
+        precision=bench.fast_precision,
         compile=compiled and bench.compile,
     )
 
@@ -661,7 +678,7 @@ def speed_nanogpt(bench: Bench, compiled: bool) -> None:
     with tf32_products():
         try:
             while True:
-                with bench.autocast(bench.precisions()[-1]):
+                with bench.autocast(bench.fast_precision):
                     _, loss = net(x, y)
                 x, y = next(pairs)
                 loss.backward()
@@ -734,7 +751,7 @@ def write_texts(bench: Bench, texts: int) -> None:
         error = relative_error([ours(prompts)], [theirs(prompts).logits])
     what = "logits against transformers, float32"
     bench.report(dict(what=what, texts=texts, relative_error=error, limit=1e-4, ok=error < 1e-4))
-    if bench.precisions()[-1] == "bf16":
+    if bench.fast_precision == "bf16":
         ours, theirs = ours.bfloat16(), theirs.bfloat16()
     writers = {
         "tinytransformer": partial(
@@ -758,7 +775,7 @@ def write_texts(bench: Bench, texts: int) -> None:
             dict(
                 what="writing at the 124M shape",
                 library=library,
-                precision=bench.precisions()[-1],
+                precision=bench.fast_precision,
                 texts=texts,
                 new_tokens=new,
                 seconds=seconds,
