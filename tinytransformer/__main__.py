@@ -24,7 +24,7 @@ def begin() -> None:
     if sys.argv[1:] in (["--help"], ["-h"]):
         print("usage: tinytransformer COMMAND ...\n\nA small Transformer language model, from the text to the server.\n")
         for name, what in COMMANDS.items(): print(f"  {name:10} {what}")
-        print("\n`tinytransformer COMMAND --help` tells the options of each.")
+        print("\n`tinytransformer COMMAND --help` shows its options; with --traceback, an error also shows where it came from.")
     elif sys.argv[1:] == ["--version"]: print(f"tinytransformer {__version__}")
     else:
         from tinytransformer.cli import main

@@ -343,7 +343,7 @@ class AttentionExplorer:
         "One run of a model, or the one before if nothing has changed."
         key = (id(model), prompt, off)
         if key not in self.kept:
-            ids, most = self.tokenizer.encode(prompt).ids, model.cfg.seq_len
+            ids, most = self.tokenizer.encode(prompt, add_special_tokens=False).ids, model.cfg.seq_len
             if not 2 <= len(ids) <= most: raise ValueError(f"the prompt has {len(ids)} tokens: give 2 to {most}")
             self.kept = dict(list(self.kept.items())[-7:]) | {key: look(model, ids, token_texts(self.tokenizer, ids), off)}
             self.runs += 1

@@ -225,10 +225,11 @@ def draw_token(
     probabilities: torch.Tensor,            # (B, V)
     generators: Sequence[torch.Generator],  # one for each row
 ) -> torch.Tensor:                          # (B,)
-    "A token for each row, by inverting the distribution function."
-    u = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]).to(probabilities.device)
-    sums = probabilities.double().cumsum(dim=-1)
-    return (sums <= u[:, None] * sums[:, -1:]).sum(dim=-1)  # the last sum is the total, 1 but for rounding
+    "A token for each row, by inverting the distribution function: on the CPU, since some devices have no float64."
+    u = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+    sums = probabilities.cpu().double().cumsum(dim=-1)
+    tokens = (sums <= u[:, None] * sums[:, -1:]).sum(dim=-1)  # the last sum is the total, 1 but for rounding
+    return tokens.to(probabilities.device)
 
 def filled(
     rows: Sequence[list[int]],
@@ -446,7 +447,7 @@ def readable(
 ) -> list[int]:
     "The token ids of a prompt, or `InputError` for half of a character."
     check(not any("\ud800" <= c <= "\udfff" for c in prompt), f"the prompt {prompt!a} is no valid text: it holds half of a character")
-    return tokenizer.encode(prompt).ids
+    return tokenizer.encode(prompt, add_special_tokens=False).ids  # as the training text was encoded
 
 # %% ../nbs/06_generate.ipynb #0ee3063a
 def stream(

@@ -44,7 +44,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from . import __version__, tinywiki
-from .data import Blocks, Corpus, DataConfig, InputError, check, digest, prepare, whole_folder, write_whole
+from .data import Blocks, Corpus, DataConfig, InputError, check, digest, is_write_error, prepare, whole_folder, write_whole
 from .model import ModelConfig, Transformer, hf_folder, hf_shape, next_token_loss
 
 # %% ../nbs/05_train.ipynb #f54aa961
@@ -455,8 +455,8 @@ def agreed(
     return int(number)
 
 def memory_mb(device: torch.device) -> float:
-    "Megabytes: the most that was allocated on a GPU, or what this process holds."
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss) / 2**20
+    "Megabytes (10**6 bytes): the most that was allocated on a GPU, or what this process holds."
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss) / 1e6
 
 @contextmanager
 def progress_bar(cfg: TrainConfig, at: Progress, accelerator: Accelerator) -> Iterator[Callable[[dict], None]]:
@@ -501,7 +501,7 @@ def fit(
             for group in optimizer.param_groups: group["lr"] = learning_rate(at.step, cfg)
             x, y = next(pairs)
             loss, grad_norm = (t.item() for t in train_step(net, optimizer, x, y, cfg, accelerator))
-            row = dict(step=at.step, epoch=round(at.step * cfg.batch_size / len(train), 4), loss=loss, learning_rate=learning_rate(at.step, cfg), grad_norm=grad_norm)
+            row = dict(step=at.step, epoch=round(at.step / (len(train) // cfg.batch_size), 4), loss=loss, learning_rate=learning_rate(at.step, cfg), grad_norm=grad_norm)
             if math.isfinite(loss) and math.isfinite(grad_norm): optimizer.step()
             elif cfg.skip_non_finite: row["skipped"] = True
             else: raise Diverged(at.step, loss, grad_norm, first_not_finite(model, x.to(accelerator.device)))
@@ -821,7 +821,9 @@ class Trackers:
         for name in names.split(",") if names else []:
             check(find_spec(name), f"train.track is {names!r}, but the package {name} is not installed: pip install 'tinytransformer[track]'")
             if processes().is_main_process: self.using[name] = None  # to be started
-        for name, value in dict(MLFLOW_HTTP_REQUEST_MAX_RETRIES=1, MLFLOW_HTTP_REQUEST_TIMEOUT=10).items(): os.environ.setdefault(name, str(value))  # not minutes
+        if "mlflow" in self.using:  # give up after seconds, not minutes
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
     def start(self, name: str, step: int) -> None:
         "Open the tracker at a step; a run that goes on is the same run to it."
@@ -924,6 +926,7 @@ def explained(
         kept = f"the last good checkpoint is that of step {read_json(last).get('step')}: to go on from it, add --train.skip_non_finite true to {again}; a lower rate is for a new run" if last.exists() else "there is no checkpoint before it"
         raise InputError(f"{error}; {kept}") from error
     except OSError as error:
+        if not is_write_error(error, run): raise
         way_out = f"put that right, then go on by {again}" if (run/"config.yaml").is_file() else "choose another folder"
         raise InputError(f"{run} cannot be written ({error.strerror or error}): {way_out}") from error
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -969,14 +972,14 @@ def train_run(
     resume: bool = False,  # go on with the run in the folder
     log: Callable[[dict], None] = lambda row: None,         # gets the row of each step
     write: Callable[[Transformer], str] = lambda model: "",  # gives a text at each look at the validation split
-    **others,              # further sections to keep with the run
+    sections: dict[str, object] | None = None,  # further dataclasses to keep in the run's configuration, by the name of their section
 ):  # its `Run`
     "Prepare, train, and keep everything about it in the folder `run`."
     if model.from_hf: data, model = begun_from(data, model, run if resume else None)
     corpus = prepare(data)
     model = replace(model, vocab_size=model.vocab_size or corpus.vocab_size)
     check(model.vocab_size == corpus.vocab_size, f"model.vocab_size is {model.vocab_size}, but the tokenizer has {corpus.vocab_size} tokens: leave it out")
-    config = {section: asdict(values) for section, values in dict(data=data, model=model, train=train, **others).items()}
+    config = {section: asdict(values) for section, values in dict(data=data, model=model, train=train, **(sections or {})).items()}
     accelerator = make_accelerator(train)
     check(len(corpus.streams["validation"]) > 1, "the validation split has a single token: choose a longer text")
     next(batches(Blocks(corpus.streams["train"], model.seq_len), train.batch_size, train.seed))  # a text too short is refused before anything is written
