@@ -26,9 +26,15 @@ RUN = Path("some/run")
         (OSError(errno.ENOSPC, "No space left on device"), True),  # comes without a file name
         (OSError(errno.EROFS, "Read-only file system", "elsewhere"), True),
         (PermissionError(errno.EACCES, "Permission denied", "some/run/config.yaml"), True),
-        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "some"), True),  # a file where a folder should be
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "some"),
+            True,
+        ),  # a file where a folder should be
         (PermissionError(errno.EACCES, "Permission denied", "/etc/shadow"), False),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "some/run/rows.arrow"), False),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "some/run/rows.arrow"),
+            False,
+        ),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), False),
         (OSError("no number"), False),
     ],
@@ -43,7 +49,12 @@ def test_what_a_failed_write_is(error, is_it):
     [
         (MemoryError(), True),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"), True),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"
+            ),
+            True,
+        ),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (RuntimeError("channels_last memory_format is not supported"), False),
     ],
