@@ -59,6 +59,7 @@ from tinytransformer.train import (
     load_run,
     make_config,
     memory_mb,
+    near_floor,
     perplexities,
     read_config,
     read_json,
@@ -508,10 +509,11 @@ def report_run(bench: Bench, name: str, run: Path) -> None:
     each = found.config["train"]["batch_size"] * model.cfg.seq_len
     sliding = evaluate(model, corpus.streams["validation"], stride=stride)
     summary = read_json(run / "summary.json")
-    kept = ("steps", "best_step", "val_loss", "word_perplexity", "floor")
+    kept = ("steps", "best_step", "val_loss", "word_perplexity", "floor", "fact_recall")
     bench.report(
         dict(what="complete run", parameters=count_parameters(model))
-        | {key: summary[key] for key in kept}
+        | {key: summary[key] for key in kept if key in summary}
+        | (dict(ok=near_floor(summary)) if name == "tiny" and not bench.toy else {})
         | dict(
             val_loss_sliding=sliding,
             stride=stride,
