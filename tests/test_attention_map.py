@@ -8,7 +8,7 @@ import nbformat
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import ROOT, jupyter_lab, run_all
+from conftest import ROOT, run_all
 from playwright.sync_api import Page
 
 from tinytransformer.attention_map import attention_map, decode, encode, look, script, side_by_side
@@ -490,16 +490,8 @@ model = Transformer(ModelConfig(vocab_size=tokenizer.get_vocab_size(), seq_len=6
 """
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    "JupyterLab in an empty folder: the folder, and the server's address."
-    folder = tmp_path_factory.mktemp("lab")
-    with jupyter_lab(folder) as address:
-        yield folder, address
-
-
-def open_notebook(launch, lab, tmp_path, *cells, outputs=()) -> Page:
-    folder, address = lab
+def open_notebook(launch, book, tmp_path, *cells, outputs=()) -> Page:
+    folder, address = book
     nb = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(source) for source in cells],
         metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")),
@@ -509,18 +501,18 @@ def open_notebook(launch, lab, tmp_path, *cells, outputs=()) -> Page:
             nbformat.v4.new_output("display_data", data=data) for data in outputs
         ]
     name = f"{tmp_path.name}.ipynb"
-    nbformat.write(nb, folder / name)
+    nbformat.write(nb, folder / "nbs" / name)
     page = launch(tmp_path / "profile", viewport=dict(width=1300, height=1000)).new_page()
     page.goto(f"{address}/lab/tree/{name}?reset&token=abc")
     page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=60_000)
     return page
 
 
-def test_untrusted_notebook(launch, lab, tmp_path, weights):
+def test_untrusted_notebook(launch, book, tmp_path, weights):
     "Scripts are taken out, and the picture stays."
     page = open_notebook(
         launch,
-        lab,
+        book,
         tmp_path,
         "1",
         outputs=[{"text/html": attention_map(weights, WORDS)._repr_html_()}],
@@ -533,11 +525,11 @@ def test_untrusted_notebook(launch, lab, tmp_path, weights):
     )
 
 
-def test_jupyterlab(launch, lab, tmp_path):
+def test_jupyterlab(launch, book, tmp_path):
     "Run from top to bottom: a map that answers, and whose keys are no commands of the notebook."
     page = open_notebook(
         launch,
-        lab,
+        book,
         tmp_path,
         NOTEBOOK,
         "attention_map(np.eye(5)[None, None], list('abcde'), title='in the lab')",
@@ -568,11 +560,15 @@ def test_jupyterlab(launch, lab, tmp_path):
 
 
 @pytest.mark.parametrize("package", ["anywidget", "ipywidgets alone"])
-def test_explorer_in_jupyterlab(launch, lab, tmp_path, package):
+def test_explorer_in_jupyterlab(launch, book, tmp_path, package):
     "A prompt typed into the page is answered by a new map; heads are switched off."
     hide = "import sys; sys.modules['anywidget'] = None" if package != "anywidget" else ""
     page = open_notebook(
-        launch, lab, tmp_path, hide + NOTEBOOK, "AttentionExplorer(model, tokenizer, 'the cat sat')"
+        launch,
+        book,
+        tmp_path,
+        hide + NOTEBOOK,
+        "AttentionExplorer(model, tokenizer, 'the cat sat')",
     )
     run_all(page)
     page.locator("[data-ready]").wait_for(timeout=60_000)
