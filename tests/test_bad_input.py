@@ -3,34 +3,14 @@ command works once its cause is gone."""
 
 import json
 import re
-import resource
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, refusal
 
 from tinytransformer.cli import main
-
-COMMAND = str(Path(sys.executable).with_name("tinytransformer"))
-
-
-def refusal(*args: str) -> str:
-    "The one line with which a command refuses."
-    with pytest.raises(SystemExit) as stop:
-        main(list(args))
-    message = stop.value.code
-    assert (
-        isinstance(message, str)
-        and message.startswith("tinytransformer: ")
-        and "\n" not in message
-        and "Traceback" not in message
-    )
-    return message
-
 
 TRAIN = ["train", "--config", "tiny", *SMALL]
 
@@ -42,8 +22,8 @@ TRAIN = ["train", "--config", "tiny", *SMALL]
         ("trian", "there is no command 'trian'"),
         ("train", "--config is missing"),
         ("train --config nope", "no configuration 'nope': give tiny, wikitext2"),
-        ("train --config tiny --model.num_layer 3", "--model.num_layer"),
-        ("train --config tiny --modle.num_layers 3", "--modle.num_layers"),
+        ("train --config tiny --model.num_layer 3", "unrecognized arguments: --model.num_layer"),
+        ("train --config tiny --modle.num_layers 3", "unrecognized arguments: --modle.num_layers"),
         ("train --config tiny --model.num_layers many", "model.num_layers is 'many': give int"),
         ("train --config tiny --model.num_heads 3", "num_heads 3 does not divide"),
         ("train --config tiny --model.dropout 1.5", "dropout is 1.5"),
@@ -57,17 +37,23 @@ TRAIN = ["train", "--config", "tiny", *SMALL]
             "prepare --config tiny --data.vocab_size 2000000",
             "vocab_size is 2000000: give 256, one for each byte, to 1048576",
         ),
-        ("train --config tiny --data.dataset wikitext", "'wikitext'"),
-        ("prepare --config tiny --data.dataset ../..", "'../..'"),
-        ("prepare --config tiny --data.tokenizer a/../b", "'a/../b'"),
+        (
+            "train --config tiny --data.dataset wikitext",
+            "data.dataset is 'wikitext': give tinywiki or",
+        ),
+        ("prepare --config tiny --data.dataset ../..", "data.dataset is '../..': give tinywiki or"),
+        (
+            "prepare --config tiny --data.tokenizer a/../b",
+            "data.tokenizer is 'a/../b': give bpe or",
+        ),
         ("prepare --config wikitext2 --data.subset ../elsewhere", "'../elsewhere'"),
         ("prepare --config wikitext2 --data.dataset tinywiki", "tinywiki has no subsets"),
         ("prepare --config tiny --data.data_dir=", "data_dir is ''"),
         ("train --config tiny --sample.top_p 0", "top_p is 0"),
         ("evaluate nowhere", "nowhere is no run folder"),
         ("generate nowhere hello", "nowhere is no run folder"),
-        ("evaluate runs/small --split tset", "'tset'"),
-        ("generate runs/small", "PROMPT"),
+        ("evaluate runs/small --split tset", "--split: invalid choice: 'tset'"),
+        ("generate runs/small", "arguments are required: PROMPT"),
         ("generate runs/small hello --temperature -1", "temperature is -1"),
         ("generate runs/small hello --temperature hot", "temperature is 'hot': give float"),
         ("generate runs/small hello --top_k 0", "top_k is 0"),
@@ -87,15 +73,15 @@ def test_refused(here, args, said):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("model: [1", "cannot be read as YAML|nable"),
-        ("model:\n  num_layer: 3\n", "num_layer"),
-        ("modle:\n  num_layers: 3\n", "modle"),
-        ("just words", "words|config"),
+        ("model: [1", "mine.yaml cannot be read as YAML: "),
+        ("model:\n  num_layer: 3\n", "does not accept option 'model.num_layer'"),
+        ("modle:\n  num_layers: 3\n", "does not accept option 'modle.num_layers'"),
+        ("just words", "mine.yaml is no configuration: give sections such as `model:`"),
     ],
 )
 def test_config_file_refused(tmp_path, text, said):
     (tmp_path / "mine.yaml").write_text(text)
-    assert re.search(said, refusal("train", "--config", str(tmp_path / "mine.yaml")))
+    assert said in refusal("train", "--config", str(tmp_path / "mine.yaml"))
 
 
 def test_prompts_refused(here):
@@ -179,8 +165,9 @@ def test_a_folder_of_the_users_is_never_overwritten(here):
 
 @pytest.fixture
 def own_data(workspace, tmp_path, monkeypatch):
-    "A copy of the workspace that may be damaged."
-    shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
+    "A copy of the small run and its data that may be damaged."
+    for name in ("data", "runs/small"):
+        shutil.copytree(workspace / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -268,17 +255,48 @@ def test_damaged_rows(own_data):
     main(["evaluate", "runs/small"])
 
 
+CHECKPOINT = "the checkpoint runs/small/best is missing or damaged"
+TOKENIZER = "runs/small/tokenizer.json is missing or damaged"
+WEIGHTS, RECORD = "runs/small/best/model.safetensors", "runs/small/best/checkpoint.json"
+
+
 @pytest.mark.parametrize(
-    "name", ["config.yaml", "best/model.safetensors", "tokenizer.json", "best/checkpoint.json"]
+    "name, damage, said",
+    [
+        (
+            "config.yaml",
+            "truncated",
+            "runs/small/config.yaml: data.dataset is 'tin': give tinywiki",
+        ),
+        ("config.yaml", "missing", "runs/small is no run folder: there is no config.yaml in it"),
+        ("tokenizer.json", "truncated", TOKENIZER),
+        ("tokenizer.json", "missing", TOKENIZER),
+        (
+            "best/model.safetensors",
+            "truncated",
+            f"{CHECKPOINT} (model.safetensors is not what was written)",
+        ),
+        (
+            "best/model.safetensors",
+            "missing",
+            f"{CHECKPOINT} ([Errno 2] No such file or directory: '{WEIGHTS}')",
+        ),
+        ("best/checkpoint.json", "truncated", f"{CHECKPOINT} (Unterminated string"),
+        (
+            "best/checkpoint.json",
+            "missing",
+            f"{CHECKPOINT} ([Errno 2] No such file or directory: '{RECORD}')",
+        ),
+    ],
 )
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_damaged_run(own_data, name, damage):
+def test_damaged_run(own_data, name, damage, said):
+    "The message names the file that is damaged; when that is put right, the same command works."
     path = own_data / "runs/small" / name
     data = path.read_bytes()
     path.unlink()
     if damage == "truncated":
         path.write_bytes(data[:20])
-    refusal("generate", "runs/small", "hello")
+    assert said in refusal("generate", "runs/small", "hello")
     path.write_bytes(data)
     main(["generate", "runs/small", "hello"])
 
@@ -290,55 +308,42 @@ def test_other_data_than_trained_on(own_data):
 
 
 @pytest.mark.parametrize("limit", [20_000, 200_000])
-def test_full_disk(tmp_path, limit):
+def test_full_disk(commands, tmp_path, limit):
     """No file may grow beyond `limit` bytes, as on a disk that fills up: nothing half-written
     stays, and with room it works.
     """
-
-    def no_room():
-        import signal
-
-        signal.signal(
-            signal.SIGXFSZ, signal.SIG_IGN
-        )  # so that writing fails with an error, as it does on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    command = [COMMAND, "prepare", "--config", "tiny", "--data.articles", "600"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=no_room)
+    command = ["prepare", "--config", "tiny", "--data.articles", "600"]
+    done = commands.run(tmp_path, *command, faults=dict(file_size=limit))
     assert (
         done.returncode != 0
         and done.stderr.startswith("tinytransformer: ")
         and len(done.stderr.strip().splitlines()) == 1
     ), done.stderr
+    assert "File too large" in done.stderr
     assert not list((tmp_path / "data").glob("processed/*")) and not list(
         (tmp_path / "data").glob("raw/.*")
     )
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = commands.run(tmp_path, *command)
     assert done.returncode == 0, done.stderr
 
 
-def test_killed_while_preparing(tmp_path):
-    "What a killed run leaves behind is swept away by the next."
+def test_killed_while_preparing(commands, tmp_path):
+    "What a killed run leaves behind is removed by the next."
+
+    def prepare():
+        assert (
+            done := commands.run(tmp_path, "prepare", "--config", "tiny", *SMALL[:4])
+        ).returncode == 0, done.stderr
+
     for folder in ("raw", "processed"):
         (tmp_path / "data" / folder).mkdir(parents=True)
-    done = subprocess.run(
-        [COMMAND, "prepare", "--config", "tiny", *SMALL[:4]],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    prepare()
     made = [p for folder in ("raw", "processed") for p in (tmp_path / "data" / folder).iterdir()]
     for path in made:
         path.rename(path.with_name(f".{path.name}.12345"))  # as if killed just before the rename
     for path in made:
         path.with_name(f".{path.name}.12346").symlink_to(tmp_path)
-    done = subprocess.run(
-        [COMMAND, "prepare", "--config", "tiny", *SMALL[:4]],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    prepare()
     assert sorted(
         p for folder in ("raw", "processed") for p in (tmp_path / "data" / folder).iterdir()
     ) == sorted(made)
