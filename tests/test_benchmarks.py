@@ -16,6 +16,7 @@ from benchmarks.__main__ import kinds
 from benchmarks.baselines import NGrams, compressed
 
 
+@pytest.mark.slow
 def test_quick():
     "Every kind of case, beside the one peer that is always installed."
     done = subprocess.run(
@@ -172,6 +173,7 @@ def test_mean_of_weights():
         assert mean.module.weight.item() == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_scaling_runs():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.scaling", "--quick", "--threads", "1"],

@@ -80,12 +80,30 @@ def test_what_is_copied():
     )
 
 
-def test_that_is_enough_for_the_package(tmp_path):
-    "A wheel is built from what is copied, with the files of the page in it."
+@pytest.fixture
+def copied(tmp_path):
+    "What the image gets, in a folder of its own."
     for source in sources():
         (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(
             ROOT / source, tmp_path / source
         )
+    return tmp_path
+
+
+def test_that_is_enough_for_setup(copied):
+    "setup.py finds all that it reads."
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--name", "--version"],
+        cwd=copied,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.split()[0] == "tinytransformer", done.stderr
+
+
+@pytest.mark.slow
+def test_that_is_enough_for_the_package(copied):
+    "A wheel is built from what is copied, with the files of the page in it."
     subprocess.run(
         [
             sys.executable,
@@ -99,10 +117,10 @@ def test_that_is_enough_for_the_package(tmp_path):
             "out",
             ".",
         ],
-        cwd=tmp_path,
+        cwd=copied,
         check=True,
     )
-    names = zipfile.ZipFile(next((tmp_path / "out").glob("*.whl"))).namelist()
+    names = zipfile.ZipFile(next((copied / "out").glob("*.whl"))).namelist()
     assert {
         f"tinytransformer/{name}"
         for name in ("serve.py", "serve.html", "serve.js", "attention_map.js", "configs/tiny.yaml")

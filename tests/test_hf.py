@@ -236,7 +236,7 @@ def test_a_name_on_the_hub(tmp_path):
     assert "model.safetensors" in server.asked and "pytorch_model.bin" not in server.asked
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def exported(workspace):
     folder = workspace / "exported"
     main(["export", str(workspace / "runs/small"), str(folder)])
@@ -448,6 +448,7 @@ def test_what_does_not_fit_to_begin_from(here, exported, args, message):
     )
 
 
+@pytest.mark.slow
 def test_transformers_serves_it(exported, workspace):
     "The same client as for our own server."
     openai = pytest.importorskip("openai")

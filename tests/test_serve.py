@@ -4,7 +4,6 @@ sends nonsense, and a browser."""
 import asyncio
 import contextlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -14,7 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 
 import httpx
 import openai
@@ -23,12 +22,12 @@ import schemathesis
 import torch
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
-from conftest import ROOT, SMALL, SWITCHES
+from conftest import CONTEXT, ROOT, SWITCHES, Served, browser_or_skip, refusal
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from openai import OpenAI
-from playwright.sync_api import Error, sync_playwright
+from playwright.sync_api import sync_playwright
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 
@@ -37,72 +36,25 @@ from tinytransformer.generate import Batch, SampleConfig, begin, complete, strea
 from tinytransformer.serve import ServeConfig, make_app
 from tinytransformer.train import load_run
 
-COMMAND = str(Path(sys.executable).with_name("tinytransformer"))
-CONTEXT = 1536  # what takes seconds to write, so that a test has time to look on
+
+# a machine that has other work takes its time to answer
+post, get = partial(httpx.post, timeout=120), partial(httpx.get, timeout=120)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    "A run that has learned next to nothing, with a long context: what it writes takes its time."
-    folder = tmp_path_factory.mktemp("served")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        main(
-            [
-                "train",
-                "--config",
-                "tiny",
-                "--folder",
-                "runs/small",
-                *SMALL,
-                "--model.seq_len",
-                str(CONTEXT),
-                "--train.max_steps",
-                "60",
-                "--train.eval_every",
-                "60",
-                "--train.learning_rate",
-                "0.02",
-                "--train.batch_size",
-                "1",
-                "--model.num_heads",
-                "2",
-            ]
-        )
-    return folder / "runs/small"
+def run(served_run):
+    return load_run(served_run)
 
 
-@pytest.fixture(scope="module")
-def run(folder):
-    return load_run(folder)
+@pytest.fixture
+def serve(commands, tmp_path):
+    "Starts the command on a free port, from the parent that has imported everything."
 
+    def start(*args, **env):
+        process = commands.start(tmp_path, "serve", *args, "--port", "0", env=env)
+        return Served(process, process.out)
 
-class Served:
-    "The command in a process of its own, on a free port."
-
-    def __init__(self, *args, **env):
-        self.process = subprocess.Popen(
-            [COMMAND, "serve", *map(str, args), "--port", "0"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | env,
-        )
-        self.said = self.process.stdout.readline()
-        assert "serving" in self.said, self.process.communicate()[1]
-        self.url = re.search(r"http://\S+", self.said)[0]
-
-    def end(self) -> tuple[int, str]:
-        self.process.terminate()
-        _, err = self.process.communicate(timeout=30)
-        return self.process.returncode, err
-
-
-@pytest.fixture(scope="module")
-def served(folder):
-    served = Served(folder)
-    yield served
-    assert served.end() == (0, "")  # nothing went wrong, all the time
+    return start
 
 
 @pytest.fixture
@@ -123,16 +75,16 @@ def in_thread(run, cfg):
         yield f"http://127.0.0.1:{place.getsockname()[1]}", app.state.decoder
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 
-def slow(monkeypatch, seconds: float = 0.02):
+def slow_steps(monkeypatch, seconds: float = 0.02):
     step = Batch.step
     monkeypatch.setattr(Batch, "step", lambda self: (time.sleep(seconds), step(self))[1])
 
 
-def until(true, seconds: float = 10):
+def until(true, seconds: float = 60):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it never came to be so"
@@ -140,9 +92,7 @@ def until(true, seconds: float = 10):
 
 
 def number(url: str, name: str) -> float:
-    return float(
-        re.search(rf"(?m)^tinytransformer_{name} (\S+)", httpx.get(f"{url}/metrics").text)[1]
-    )
+    return float(re.search(rf"(?m)^tinytransformer_{name} (\S+)", get(f"{url}/metrics").text)[1])
 
 
 # --- what OpenAI's client is told
@@ -630,41 +580,38 @@ def test_key(run):
         )
 
 
-def refusal(capsys, *args) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(["serve", *map(str, args)])
-    assert stop.value.code.startswith("tinytransformer: ") and "\n" not in stop.value.code
-    return stop.value.code
+def refused(*args) -> str:
+    return refusal("serve", *map(str, args))
 
 
-def test_refused_at_the_start(folder, tmp_path, capsys, monkeypatch):
+def test_refused_at_the_start(served_run, tmp_path):
     "One line each."
-    assert "no run folder" in refusal(capsys, tmp_path)
-    shutil.copytree(folder, tmp_path / "bare")
+    assert "no run folder" in refused(tmp_path)
+    shutil.copytree(served_run, tmp_path / "bare")
     for weights in (tmp_path / "bare").rglob("model.safetensors"):
         weights.unlink()
-    assert "model.safetensors" in refusal(capsys, tmp_path / "bare")
+    assert "model.safetensors" in refused(tmp_path / "bare")
     shutil.rmtree(tmp_path / "bare/best"), shutil.rmtree(tmp_path / "bare/last")
-    assert "no checkpoint" in refusal(capsys, tmp_path / "bare")
+    assert "no checkpoint" in refused(tmp_path / "bare")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert "cannot listen at 127.0.0.1, port" in refusal(
-            capsys, folder, "--port", taken.getsockname()[1]
+        assert "cannot listen at 127.0.0.1, port" in refused(
+            served_run, "--port", taken.getsockname()[1]
         )
-    assert "port" in refusal(capsys, folder, "--port", "70000") and "rows" in refusal(
-        capsys, folder, "--rows", "0"
+    assert "port" in refused(served_run, "--port", "70000") and "rows" in refused(
+        served_run, "--rows", "0"
     )
-    assert "port is 'many': give int" in refusal(capsys, folder, "--port", "many")
-    refusal(capsys, folder, "--key", "s3cret")  # it would be seen in the list of processes
+    assert "port is 'many': give int" in refused(served_run, "--port", "many")
+    assert "unrecognized arguments: --key" in refused(
+        served_run, "--key", "s3cret"
+    )  # it would be seen in the list of processes
     (tmp_path / "serve.yaml").write_text("serve: {prot: 80}")
-    assert "serve.prot is no setting" in refusal(
-        capsys, folder, "--config", tmp_path / "serve.yaml"
-    )
+    assert "serve.prot is no setting" in refused(served_run, "--config", tmp_path / "serve.yaml")
 
 
-def test_pickled_weights_are_not_read(folder, tmp_path, capsys):
-    shutil.copytree(folder, tmp_path / "run")
+def test_pickled_weights_are_not_read(served_run, tmp_path):
+    shutil.copytree(served_run, tmp_path / "run")
     torch.save({}, tmp_path / "run/best/model.safetensors")  # a pickle by another name
-    assert "model.safetensors" in refusal(capsys, tmp_path / "run")
+    assert "model.safetensors" in refused(tmp_path / "run")
 
 
 def test_help(capsys):
@@ -678,14 +625,14 @@ def test_help(capsys):
     )
 
 
-def test_interrupted(folder):
+def test_interrupted(serve, served_run):
     "Ctrl-C is the usual way to stop it, and no error."
-    served = Served(folder)
+    served = serve(served_run)
     served.process.send_signal(signal.SIGINT)
-    assert served.process.wait(20) == 0 and served.process.stderr.read() == ""
+    assert served.process.wait(60) == 0 and served.process.communicate()[1] == ""
 
 
-def test_without_the_extra(folder, capsys):
+def test_without_the_extra(served_run, capsys):
     "Other commands work, and serve says what to install."
     code = "import sys; sys.modules['fastapi'] = None; from tinytransformer.cli import main; main(sys.argv[1:])"
 
@@ -694,8 +641,8 @@ def test_without_the_extra(folder, capsys):
             [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True
         )
 
-    assert say("generate", folder, " =").returncode == 0
-    said = say("serve", folder)
+    assert say("generate", served_run, " =").returncode == 0
+    said = say("serve", served_run)
     assert (
         said.returncode == 1
         and "pip install 'tinytransformer[serve]'" in said.stderr
@@ -745,7 +692,7 @@ def test_they_are_written_together(run, monkeypatch):
     with in_thread(run, ServeConfig(rows=8)) as (url, _), ThreadPoolExecutor(9) as pool:
         answers = list(
             pool.map(
-                lambda k: httpx.post(
+                lambda k: post(
                     f"{url}/v1/completions", json=dict(model="small", prompt="a", max_tokens=100)
                 ).json(),
                 range(9),
@@ -763,14 +710,16 @@ def test_full(run, monkeypatch):
     """Beyond the queue the answer is 429, with when to try again; those inside are not harmed, and
     afterwards there is room.
     """
-    slow(monkeypatch)
+    slow_steps(monkeypatch)
     with (
         in_thread(run, ServeConfig(rows=1, queue=1)) as (url, decoder),
         ThreadPoolExecutor(2) as pool,
     ):
-        ask = lambda: httpx.post(
-            f"{url}/v1/completions", json=dict(model="small", prompt="a", max_tokens=30)
-        )
+
+        def ask():
+            body = dict(model="small", prompt="a", max_tokens=30)
+            return post(f"{url}/v1/completions", json=body)
+
         inside = [pool.submit(ask) for _ in range(2)]
         until(lambda: decoder.free == 0)
         refused = ask()
@@ -779,7 +728,7 @@ def test_full(run, monkeypatch):
             and refused.headers["retry-after"] == "1"
             and refused.json()["error"]["code"] == "rate_limit_exceeded"
         )
-        assert httpx.post(f"{url}/attention", json=dict(prompt="abc")).status_code == 429
+        assert post(f"{url}/attention", json=dict(prompt="abc")).status_code == 429
         assert [f.result().status_code for f in inside] == [200, 200] and ask().status_code == 200
         assert (
             number(
@@ -796,7 +745,7 @@ def test_full(run, monkeypatch):
 @pytest.mark.parametrize("where", ["in its row", "in the queue"])
 def test_hanging_up(run, monkeypatch, streamed, where):
     "The place is free at once, long before the text would have been done."
-    slow(monkeypatch)
+    slow_steps(monkeypatch)
     ask = dict(model="small", prompt="a", max_tokens=400)  # eight seconds
     with in_thread(run, ServeConfig(rows=1, queue=1)) as (url, decoder):
         gone, stays = httpx.Client(), httpx.Client()
@@ -821,16 +770,16 @@ def test_hanging_up(run, monkeypatch, streamed, where):
             other.start()
             until(lambda: decoder.running)
         hang_up()
-        until(lambda: decoder.free == (2 if where == "in its row" else 1), 1)
+        until(lambda: decoder.free == (2 if where == "in its row" else 1), 3)
         assert len(decoder.running) == (0 if where == "in its row" else 1) and not decoder.waiting
         if where == "in the queue":
             other.join()
-        assert httpx.post(f"{url}/v1/completions", json=ask | dict(max_tokens=2)).status_code == 200
+        assert post(f"{url}/v1/completions", json=ask | dict(max_tokens=2)).status_code == 200
 
 
 def test_some_stay_and_some_go(run, monkeypatch):
     "Hang-ups at all moments: those who stay get what is theirs, and every place comes back."
-    slow(monkeypatch, 0.002)
+    slow_steps(monkeypatch, 0.002)
     wanted = [
         complete(run.model, run.tokenizer, "a", SampleConfig(max_new_tokens=60, seed=k))[0]
         for k in range(8)
@@ -846,7 +795,7 @@ def test_some_stay_and_some_go(run, monkeypatch):
                     f"{url}/v1/completions", json=body | dict(n=2), timeout=0.01 * (k % 17 + 1)
                 )
             return True
-        text = httpx.post(f"{url}/v1/completions", json=body, timeout=60).text
+        text = post(f"{url}/v1/completions", json=body).text
         parts = [
             json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")
         ] or [json.loads(text)]
@@ -874,7 +823,7 @@ def test_a_step_that_fails(run, monkeypatch, streamed, caplog):
 
     monkeypatch.setattr(Batch, "step", fail)
     with in_thread(run, ServeConfig()) as (url, decoder):
-        answer = httpx.post(
+        answer = post(
             f"{url}/v1/completions", json=dict(model="small", prompt="a", stream=streamed)
         )
         assert (
@@ -891,27 +840,26 @@ def test_a_step_that_fails(run, monkeypatch, streamed, caplog):
                     pass
         assert "secret" in caplog.text and decoder.free == 80
         assert (
-            httpx.post(f"{url}/v1/completions", json=dict(model="small", prompt="a")).status_code
-            == 200
+            post(f"{url}/v1/completions", json=dict(model="small", prompt="a")).status_code == 200
         )
 
 
 def test_a_fault_between_steps(run, monkeypatch, caplog):
     "One hangs up, and letting it go fails: the other gets an error, and the place of both is free."
-    slow(monkeypatch)
+    slow_steps(monkeypatch)
     ask = dict(model="small", prompt="a", max_tokens=400)
     with (
         in_thread(run, ServeConfig(rows=2, queue=0)) as (url, decoder),
         ThreadPoolExecutor(1) as pool,
     ):
-        other = pool.submit(lambda: httpx.post(f"{url}/v1/completions", json=ask, timeout=20))
+        other = pool.submit(lambda: post(f"{url}/v1/completions", json=ask))
         until(lambda: decoder.running)
         monkeypatch.setattr(decoder.batch, "remove", lambda row: 1 / 0)
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/v1/completions", json=ask, timeout=0.3)
+        with httpx.stream("POST", f"{url}/v1/completions", json=ask | dict(stream=True)):
+            until(lambda: len(decoder.running) == 2)
         assert other.result().status_code == 500
         until(lambda: decoder.free == 2)
-        assert httpx.post(f"{url}/v1/completions", json=ask | dict(max_tokens=2)).status_code == 200
+        assert post(f"{url}/v1/completions", json=ask | dict(max_tokens=2)).status_code == 200
 
 
 def test_a_fault_outside_the_loop(run, monkeypatch, caplog):
@@ -927,21 +875,21 @@ def test_a_fault_outside_the_loop(run, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("seconds", ["60", "0"])
-def test_sigterm(folder, seconds):
+def test_sigterm(serve, served_run, seconds):
     """What is being written is finished, what waits is refused, and the process ends well; with no
     time left, what is being written ends with an error.
     """
-    served = Served(folder, "--rows", "1", "--shutdown_seconds", seconds)
+    served = serve(served_run, "--rows", "1", "--shutdown_seconds", seconds)
     ask = dict(model="small", prompt="a", max_tokens=1500, seed=1)
     with (
         ThreadPoolExecutor(1) as pool,
         httpx.stream(
-            "POST", f"{served.url}/v1/completions", json=ask | dict(stream=True)
+            "POST", f"{served.url}/v1/completions", json=ask | dict(stream=True), timeout=120
         ) as answer,
     ):
         lines = answer.iter_lines()
         next(lines)
-        waiting = pool.submit(lambda: httpx.post(f"{served.url}/v1/completions", json=ask))
+        waiting = pool.submit(lambda: post(f"{served.url}/v1/completions", json=ask))
         until(lambda: number(served.url, "waiting") == 1)
         served.process.send_signal(signal.SIGTERM)
         rest = [line for line in lines if line]
@@ -953,16 +901,21 @@ def test_sigterm(folder, seconds):
         assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
     else:
         assert "shutting_down" in rest[-1] and len(rest) < 1500
-    assert served.process.wait(20) == 0 and served.process.stderr.read() == ""
+    assert served.process.wait(60) == 0 and served.process.communicate()[1] == ""
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{served.url}/health")
 
 
-def test_settings_from_a_file(folder, tmp_path):
+def test_settings_from_a_file(serve, served_run, tmp_path):
     "The section `serve`, options over it, and the key from the environment."
     (tmp_path / "serve.yaml").write_text("serve: {rows: 3, max_tokens: 7}")
-    served = Served(
-        folder, "--config", tmp_path / "serve.yaml", "--max_tokens", "9", TINYTRANSFORMER_KEY="k"
+    served = serve(
+        served_run,
+        "--config",
+        tmp_path / "serve.yaml",
+        "--max_tokens",
+        "9",
+        TINYTRANSFORMER_KEY="k",
     )
     client = OpenAI(base_url=f"{served.url}/v1", api_key="k", max_retries=0)
     assert (
@@ -1031,9 +984,10 @@ def described(served):
     }
 
 
+@pytest.mark.parametrize("examples", [10, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", GenerationMode)
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_as_described(described, name, mode):
+def test_as_described(described, name, mode, examples):
     """Whatever is sent, as described or not: an answer that the OpenAPI document knows, no fault of
     the server, and nothing that hangs.
     """
@@ -1042,7 +996,7 @@ def test_as_described(described, name, mode):
 
     @given(described[name].as_strategy(generation_mode=mode))
     @settings(
-        max_examples=60,
+        max_examples=examples,
         derandomize=True,
         deadline=None,
         database=None,
@@ -1051,7 +1005,7 @@ def test_as_described(described, name, mode):
     def ask(case):
         tried.append(
             case.call_and_validate(
-                timeout=10, excluded_checks=CHECKS.get_by_names(["positive_data_acceptance"])
+                timeout=60, excluded_checks=CHECKS.get_by_names(["positive_data_acceptance"])
             ).status_code
         )  # that a text fits into the context no document can say
 
@@ -1062,7 +1016,9 @@ def test_as_described(described, name, mode):
             "GET"
         )  # where nothing is asked for, nothing can be wrong
     if name == "POST /v1/completions":
-        assert len(tried) >= 50 and (mode == GenerationMode.POSITIVE or set(tried) == {400})
+        assert len(tried) >= 0.8 * examples and (
+            mode == GenerationMode.POSITIVE or set(tried) == {400}
+        )
 
 
 # --- the page, in a real browser
@@ -1071,15 +1027,9 @@ def test_as_described(described, name, mode):
 @pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as playwright:
-        try:
+        with browser_or_skip():
             browser = playwright.chromium.launch(
                 executable_path=shutil.which("chromium"), args=SWITCHES
-            )
-        except Error as error:
-            if "Executable doesn't exist" not in str(error):
-                raise
-            pytest.skip(
-                "needs a browser: install Debian's chromium, or run `playwright install chromium`"
             )
         yield browser
         browser.close()
@@ -1161,7 +1111,7 @@ def test_page_writes(visit, served, client):
 
 def test_page_streams(visit, run, monkeypatch):
     "Tokens can be seen while others are still to come; Stop gives the place back."
-    slow(monkeypatch, 0.05)
+    slow_steps(monkeypatch, 0.05)
     with in_thread(run, ServeConfig(rows=1, queue=0)) as (url, decoder):
         page = visit(url)
         page.locator("[name=max_tokens]").fill("400")
@@ -1268,7 +1218,7 @@ def test_page_never_runs_what_it_shows(visit, served):
         and page.evaluate("window.ran") is None
         and page.locator("#text img, #text script").count() == 0
     )
-    policy = httpx.get(served.url).headers["content-security-policy"]
+    policy = get(served.url).headers["content-security-policy"]
     assert (
         "script-src 'self';" in policy
         and "default-src 'none'" in policy

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import time
@@ -11,16 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
-from test_bad_input import COMMAND, refusal
-
-TRAIN = [COMMAND, "train", "--config", "tiny", *SMALL]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+from conftest import SMALL, free_port, refusal
 
 
 @pytest.fixture(scope="module")
@@ -48,46 +39,57 @@ def server(tmp_path_factory):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    for _ in range(300):
+    try:
+        wait_until_healthy(process, address)
+        yield f"http://{address}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_until_healthy(process: subprocess.Popen, address: str, seconds: float = 120) -> None:
+    end, directly = (
+        time.monotonic() + seconds,
+        urllib.request.build_opener(urllib.request.ProxyHandler({})),
+    )
+    while True:
         try:
-            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-                f"http://{address}/health"
-            )
+            return directly.open(f"http://{address}/health").close()
         except OSError:
             time.sleep(0.2)
-        else:
-            break
-    yield f"http://{address}"
-    os.killpg(process.pid, 9)
+        assert process.poll() is None, "the MLflow server has ended"
+        assert time.monotonic() < end, f"the MLflow server does not answer after {seconds} seconds"
 
 
-def train(folder: Path, workspace: Path, *args: str, uri: str = "") -> subprocess.CompletedProcess:
-    if not (folder / "data").exists():
-        shutil.copytree(workspace / "data", folder / "data")
-    env = dict(os.environ, MLFLOW_TRACKING_URI=uri, NO_PROXY="127.0.0.1")
-    done = subprocess.run(
-        [*TRAIN, *args] if "--resume" not in args else [COMMAND, "train", *args],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+@pytest.fixture
+def train(commands, workspace, tmp_path):
+    "Trains in `tmp_path`, with the server at `uri`, and returns what was written to stderr."
+    shutil.copytree(workspace / "data", tmp_path / "data")
+
+    def run(*args: str, uri: str = "") -> str:
+        command = (
+            ["train", *args] if "--resume" in args else ["train", "--config", "tiny", *SMALL, *args]
+        )
+        done = commands.run(
+            tmp_path, *command, env=dict(MLFLOW_TRACKING_URI=uri, NO_PROXY="127.0.0.1")
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    return run
 
 
 def local(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").open()]
 
 
-def test_mlflow(server, workspace, tmp_path, monkeypatch):
+def test_mlflow(server, train, tmp_path, monkeypatch):
     """Config, every step's metrics, curve, samples and the best model; a run that goes on stays one
     run.
     """
     from mlflow import MlflowClient
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    train(tmp_path, workspace, "--train.track", "mlflow", uri=server)
+    train("--train.track", "mlflow", uri=server)
     client = MlflowClient(server)
     experiment = client.get_experiment_by_name("tinytransformer")
     (run,) = client.search_runs([experiment.experiment_id])
@@ -118,28 +120,18 @@ def test_mlflow(server, workspace, tmp_path, monkeypatch):
         tmp_path / "runs/tiny/best/model.safetensors"
     ).read_bytes()
 
-    train(
-        tmp_path,
-        workspace,
-        "--resume",
-        "runs/tiny",
-        "--train.max_steps",
-        "8",
-        "--train.track",
-        "mlflow",
-        uri=server,
-    )
+    train("--resume", "runs/tiny", "--train.max_steps", "8", "--train.track", "mlflow", uri=server)
     (run,) = client.search_runs([experiment.experiment_id])
     assert max(m.step for m in client.get_metric_history(run.info.run_id, "loss")) == 8
 
 
-def test_tensorboard(workspace, tmp_path):
+def test_tensorboard(train, tmp_path):
     """Read back what was written: every step's numbers, the samples, the curve and the
     configuration.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(tmp_path, workspace, "--train.track", "tensorboard")
+    train("--train.track", "tensorboard")
     files = EventAccumulator(str(tmp_path / "runs/tiny/tensorboard"))
     files.Reload()
     rows = local(tmp_path / "runs/tiny")
@@ -155,19 +147,13 @@ def test_tensorboard(workspace, tmp_path):
     assert any((tmp_path / "runs/tiny/tensorboard").rglob("hparams.yml"))
 
 
-def test_tracker_that_is_down(workspace, tmp_path):
+def test_tracker_that_is_down(train, tmp_path):
     "One line of warning, and the local record is complete; the other tracker goes on."
-    done = train(
-        tmp_path,
-        workspace,
-        "--train.track",
-        "mlflow,tensorboard",
-        uri=f"http://127.0.0.1:{free_port()}",
-    )
+    written = train("--train.track", "mlflow,tensorboard", uri=f"http://127.0.0.1:{free_port()}")
     assert (
-        done.stderr.count("mlflow does not answer") == 1
-        and "training goes on without it" in done.stderr
-        and "Traceback" not in done.stderr
+        written.count("mlflow does not answer") == 1
+        and "training goes on without it" in written
+        and "Traceback" not in written
     )
     assert (
         len(local(tmp_path / "runs/tiny")) == 6

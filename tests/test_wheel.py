@@ -10,10 +10,8 @@ import pytest
 from conftest import ROOT, SMALL
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    "A folder with nothing but the contents of the wheel."
-    folder = tmp_path_factory.mktemp("wheel")
+def build(folder: Path) -> None:
+    "Build a wheel from what git knows, and unpack it into `installed`."
     files = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split("\0")
@@ -39,7 +37,12 @@ def installed(tmp_path_factory):
     )
     (wheel,) = (folder / "dist").glob("*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "installed")
-    return folder / "installed"
+
+
+@pytest.fixture(scope="session")
+def installed(once) -> Path:
+    "A folder with nothing but the contents of the wheel, built once for all workers."
+    return once("wheel", build) / "installed"
 
 
 def run(installed: Path, cwd: Path, *args) -> str:
