@@ -8,7 +8,8 @@ This file is also a script that runs the command, so that `torchrun` and `accele
 start it. In both cases `FAULTS` in the environment (JSON) says what goes wrong in the process:
 
     hold: [n, path]      wait before step n + 1 of this process until the file `path` is deleted
-                         or a signal arrives
+                         or a signal arrives; a checkpoint that is loaded counts as a step, because
+                         PyTorch takes one to make room for the optimizer's state
     kill_at_write: n     send itself SIGKILL before the nth flush, rename or deletion
     file_size: n         let no file grow beyond n bytes, as on a disk that fills up
     stand_in: true       let accelerate shard on two CPU processes, as it would on two GPUs
@@ -217,6 +218,8 @@ class CommandServer:
         "A command in `cwd`, in a process group of its own; its output goes to files."
         number = len(self.started)
         out, err = self.folder / f"{number}.stdout", self.folder / f"{number}.stderr"
+        out.touch()
+        err.touch()
         request = dict(
             cwd=str(cwd),
             args=[str(arg) for arg in args],

@@ -28,10 +28,11 @@ SWITCHES = (
     " --disable-component-update --disable-sync"
 ).split()
 CONTEXT = 1536  # of the run that is served: texts long enough that a test has time to look on
-GROUPS = {  # tests with this fixture run in one worker, the first that fits
-    "book": "JupyterLab",
-    "served_run": "server",
-    "launch": "browser",
+TOGETHER = {  # files whose tests share a server or a browser
+    "test_serve": "server",
+    "test_docker": "server",
+    "test_attention_map": "browser",
+    "test_jupyter": "JupyterLab",
 }
 LEFT_OUT = {
     "hub": "talks to the Hugging Face Hub: ask for it with --hub",
@@ -65,20 +66,30 @@ def pytest_unconfigure(config):
         config.compiled.cleanup()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(config, items):
-    """Leave out what was not asked for, begin with the notebooks, and let tests that share a server
-    or a browser run in one worker, so that it is started once.
-    """
+    "Leave out what was not asked for, and begin with the notebooks."
     items.sort(key=lambda item: item.path.stem != "test_notebooks")
     for item in items:
         for mark, reason in LEFT_OUT.items():
             if mark in item.keywords and not config.getoption(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
-        for fixture, group in GROUPS.items():
-            if fixture in item.fixturenames:
-                item.add_marker(pytest.mark.xdist_group(group))
-                break
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n`, give the tests of files that belong together to one worker, so that what they
+    share is started once, and all others to whoever is free. (xdist_group would do, but xdist 3.8
+    does not see it with pytest 9.2.)
+    """
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return TOGETHER.get(Path(nodeid.split("::")[0]).stem, nodeid)
+
+    return Scheduling(config, log)
 
 
 # --- folders and processes
@@ -294,7 +305,7 @@ def jupyter_lab(folder: Path, *begin: str) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def book(tmp_path_factory) -> Iterator[tuple[Path, str]]:
-    """JupyterLab as the README starts it, for the tests of the group `jupyter`: its folder and its
+    """JupyterLab as the README starts it, for the tests of one file: its folder and its
     address. The folder is a copy of the project, so that nothing is saved over ours; what was
     prepared and trained is shared.
     """

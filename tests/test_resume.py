@@ -93,7 +93,7 @@ def checkpoint_step(run: Path) -> int:
 def wait_for_step(process: subprocess.Popen | CommandProcess, run: Path, step: int) -> None:
     while steps(run) < step:
         assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.002)
+        time.sleep(0.005)
 
 
 def kill_all(process: subprocess.Popen | CommandProcess) -> None:
@@ -561,7 +561,7 @@ def test_somebody_else_writes(start, half, runs, held):
     first = start(
         half.parent.parent, "train", "--resume", "runs/half", faults=dict(hold=[5, str(held)])
     )
-    wait_for_step(first, half, 30)
+    wait_for_step(first, half, 28)
     assert "being written by another process" in refusal("train", "--resume", "runs/half")
     held.unlink()
     finish(first)
