@@ -1,12 +1,16 @@
-"""The map in a real browser: what it shows is what NumPy says, every part answers to mouse and keys, and nothing is asked of any network."""
-import re, xml.etree.ElementTree as ElementTree
+"""The map in a real browser: what it shows is what NumPy says, every part answers to mouse and
+keys, and nothing is asked of any network."""
+
+import re
+import xml.etree.ElementTree as ElementTree
 
 import nbformat
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import ROOT, jupyter_lab, run_all
+from conftest import ROOT
 from playwright.sync_api import Page
+
 from tinytransformer.attention_map import attention_map, decode, encode, look, script, side_by_side
 from tinytransformer.model import ModelConfig, Transformer
 
@@ -14,7 +18,9 @@ WORDS = "the cat sat on the mat and the cat slept".split()
 ROLE = "[role=%s]"
 
 
-def random_weights(layers: int, heads: int, T: int, spread: float = 2.0, seed: int = 0) -> np.ndarray:
+def random_weights(
+    layers: int, heads: int, T: int, spread: float = 2.0, seed: int = 0
+) -> np.ndarray:
     scores = np.random.default_rng(seed).normal(size=(layers, heads, T, T)) * spread
     scores[..., ~np.tril(np.ones((T, T), bool))] = -np.inf
     e = np.exp(scores - scores.max(-1, keepdims=True))
@@ -22,49 +28,75 @@ def random_weights(layers: int, heads: int, T: int, spread: float = 2.0, seed: i
 
 
 @pytest.fixture(scope="module")
-def context(launch, tmp_path_factory): return launch(tmp_path_factory.mktemp("browser"), offline=True, viewport=dict(width=1200, height=900))
+def context(launch, tmp_path_factory):
+    return launch(
+        tmp_path_factory.mktemp("browser"), offline=True, viewport=dict(width=1200, height=900)
+    )
 
 
 @pytest.fixture
 def show(context, tmp_path):
-    "Saves a map as a page and opens it from the disk; afterwards nothing may have been asked for, and nothing may have gone wrong."
+    """Saves a map as a page and opens it from the disk; afterwards nothing may have been asked for,
+    and nothing may have gone wrong.
+    """
     pages, asked, wrong = [], [], []
+
     def open_page(*maps, html=None, **media) -> Page:
         page = context.new_page()
         pages.append(page)
-        page.on("request", lambda r: asked.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None)
+        page.on(
+            "request",
+            lambda r: (
+                asked.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None
+            ),
+        )
         page.on("pageerror", lambda e: wrong.append(str(e)))
         page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
-        if media: page.emulate_media(**media)
-        path = tmp_path/f"{len(pages)}.html"
-        if html is not None: path.write_text(html, encoding="utf-8")
-        else: maps[0].save(path)
+        if media:
+            page.emulate_media(**media)
+        path = tmp_path / f"{len(pages)}.html"
+        if html is not None:
+            path.write_text(html, encoding="utf-8")
+        else:
+            maps[0].save(path)
         page.goto(path.as_uri())
-        for host in page.locator(".attention-map").all(): host.and_(page.locator("[data-ready]")).wait_for()
+        for host in page.locator(".attention-map").all():
+            host.and_(page.locator("[data-ready]")).wait_for()
         return page
+
     yield open_page
-    for page in pages: page.close()
+    for page in pages:
+        page.close()
     assert not asked and not wrong, (asked, wrong)
 
 
 @pytest.fixture(scope="module")
-def weights(): return random_weights(2, 3, len(WORDS))
+def weights():
+    return random_weights(2, 3, len(WORDS))
 
 
 @pytest.fixture(scope="module")
 def seen():
     "A small model of the book, and what it looked at."
     import torch
+
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(vocab_size=50, seq_len=16, embed_dim=24, num_heads=3, num_layers=2)).eval()
-    for p in model.parameters(): p.data *= 8  # so that the heads differ
+    model = Transformer(
+        ModelConfig(vocab_size=50, seq_len=16, embed_dim=24, num_heads=3, num_layers=2)
+    ).eval()
+    for p in model.parameters():
+        p.data *= 8  # so that the heads differ
     return look(model, range(10), WORDS)
 
 
-def state(page: Page, n: int = 0) -> dict: return page.evaluate(f"document.querySelectorAll('.attention-map')[{n}].attentionMap.state")
+def state(page: Page, n: int = 0) -> dict:
+    return page.evaluate(f"document.querySelectorAll('.attention-map')[{n}].attentionMap.state")
 
 
-def call(page: Page, expression: str): return page.evaluate(f"(() => {{ const map = document.querySelector('.attention-map').attentionMap; return {expression} }})()")
+def call(page: Page, expression: str):
+    return page.evaluate(
+        f"(() => {{ const map = document.querySelector('.attention-map').attentionMap; return {expression} }})()"
+    )
 
 
 def cell(page: Page, q: int, k: int, T: int = len(WORDS)) -> tuple[float, float]:
@@ -75,16 +107,24 @@ def cell(page: Page, q: int, k: int, T: int = len(WORDS)) -> tuple[float, float]
     return box["x"] + margin + (k + 0.5) * size, box["y"] + margin + (q + 0.5) * size
 
 
-def readout(page: Page) -> str: return page.locator(ROLE % "status").inner_text()
+def readout(page: Page) -> str:
+    return page.locator(ROLE % "status").inner_text()
 
 
 @pytest.mark.parametrize("bits, tolerance", [(8, 0.02), (16, 2e-4)])
 def test_values_are_those_of_numpy(show, weights, bits, tolerance):
     page = show(attention_map(weights, WORDS, bits=bits))
     T = len(WORDS)
-    got = np.array(call(page, f"[0,1].map(l => [-1,0,1,2].map(h => Array.from({{length: {T}}}, (_, q) => Array.from({{length: {T}}}, (_, k) => map.weight(l, h, q, k)))))"))
+    got = np.array(
+        call(
+            page,
+            f"[0,1].map(l => [-1,0,1,2].map(h => Array.from({{length: {T}}}, (_, q) => Array.from({{length: {T}}}, (_, k) => map.weight(l, h, q, k)))))",
+        )
+    )
     kept = decode(encode(weights, bits), bits)
-    assert np.allclose(got[:, 1:], kept, rtol=1e-12) and np.allclose(got[:, 0], kept.mean(axis=1), rtol=1e-12)
+    assert np.allclose(got[:, 1:], kept, rtol=1e-12) and np.allclose(
+        got[:, 0], kept.mean(axis=1), rtol=1e-12
+    )
     visible = weights >= 1e-4
     assert abs(got[:, 1:] / np.where(visible, weights, 1) - 1)[visible].max() < tolerance
 
@@ -96,13 +136,17 @@ def test_why_is_what_the_model_did(show, seen):
         why = call(page, f"map.why({layer}, {head}, {t}, {s})")
         weight = seen.weights[layer, head, t, s].item()
         assert why["weight"] == pytest.approx(weight, abs=1e-6)
-        assert why["products"] == pytest.approx(list(q[layer, head, t] * k[layer, head, s]), abs=1e-6)
+        assert why["products"] == pytest.approx(
+            list(q[layer, head, t] * k[layer, head, s]), abs=1e-6
+        )
         assert why["dot"] == pytest.approx(q[layer, head, t] @ k[layer, head, s], abs=1e-6)
         assert why["adds"] == pytest.approx(list(weight * v[layer, head, s]), abs=1e-6)
         page.locator("canvas.heat").scroll_into_view_if_needed()
         call(page, f"map.choose({{layer: {layer}, head: {head}, token: {t}, key: {s}}})")
         assert float(page.locator(".why .weight").inner_text()) == pytest.approx(weight, abs=1e-6)
-        assert float(re.search(r"q · k = (\S+),", page.locator(".why").inner_text())[1]) == pytest.approx(why["dot"], rel=1e-5)
+        assert float(
+            re.search(r"q · k = (\S+),", page.locator(".why").inner_text())[1]
+        ) == pytest.approx(why["dot"], rel=1e-5)
     assert call(page, "map.why(0, 0, 2, 5)")["weight"] == 0
     call(page, "map.choose({layer: 0, head: 0, token: 2, key: 5})")
     assert "comes later" in page.locator(".why").inner_text() and "comes later" in readout(page)
@@ -112,10 +156,14 @@ def test_pointing_and_pinning(show, weights):
     page = show(attention_map(weights, WORDS, bits=16))
     page.mouse.move(*cell(page, 6, 2))
     assert (state(page)["token"], state(page)["key"]) == (6, 2)
-    assert "“and” (6) looks at “sat” (2)" in readout(page) and f"{weights[0, 0, 6, 2]:.4g}" in readout(page)
+    assert "“and” (6) looks at “sat” (2)" in readout(
+        page
+    ) and f"{weights[0, 0, 6, 2]:.4g}" in readout(page)
     page.mouse.click(*cell(page, 6, 2))
     page.mouse.move(*cell(page, 8, 1))
-    assert state(page)["pinned"] and state(page)["token"] == 6  # pinned: pointing elsewhere changes nothing
+    assert (
+        state(page)["pinned"] and state(page)["token"] == 6
+    )  # pinned: pointing elsewhere changes nothing
     page.locator(ROLE % "option").nth(3).hover()
     assert state(page)["token"] == 6
     page.mouse.click(*cell(page, 6, 2))  # the same square again lets go
@@ -134,11 +182,16 @@ def test_pointing_and_pinning(show, weights):
 def test_tokens_are_shaded_by_their_weight(show, weights):
     page = show(attention_map(weights, WORDS, bits=16))
     call(page, "map.choose({layer: 1, head: 2, token: 5, key: null})")
-    shades = [page.evaluate("(node) => node.style.background", node) for node in page.locator(ROLE % "option").element_handles()]
+    shades = [
+        page.evaluate("(node) => node.style.background", node)
+        for node in page.locator(ROLE % "option").element_handles()
+    ]
     for t, shade in enumerate(shades):
         weight = weights[1, 2, 5, t] if t <= 5 else weights[1, 2, t, 5]
         colour, ink = re.search(r"--(\w+)\) / ([\d.]+)", shade).groups()
-        assert colour == ("looks" if t <= 5 else "seen") and float(ink) == pytest.approx(0.5 * weight**0.5, abs=1e-3)
+        assert colour == ("looks" if t <= 5 else "seen") and float(ink) == pytest.approx(
+            0.5 * weight**0.5, abs=1e-3
+        )
 
 
 def test_heat_map_shows_the_weights(show):
@@ -147,10 +200,14 @@ def test_heat_map_shows_the_weights(show):
     one[0, 0, 7] = np.eye(10)[2]
     page = show(attention_map(one, WORDS))
     call(page, "map.choose({token: 0, key: null})")
-    ink = page.locator("canvas.heat").evaluate("""canvas => { const T = 10, ratio = devicePixelRatio, width = canvas.clientWidth, margin = Math.min(90, width / 4), size = (width - margin) / T, c = canvas.getContext("2d");
+    ink = page.locator(
+        "canvas.heat"
+    ).evaluate("""canvas => { const T = 10, ratio = devicePixelRatio, width = canvas.clientWidth, margin = Math.min(90, width / 4), size = (width - margin) / T, c = canvas.getContext("2d");
         return Array.from({length: T}, (_, q) => Array.from({length: T}, (_, k) => c.getImageData((margin + (k + .5) * size) * ratio, (margin + (q + .5) * size) * ratio, 1, 1).data[3])) }""")
     assert np.array_equal(np.array(ink) > 128, one[0, 0] == 1)
-    thumbnail = page.locator(".heads canvas").first.evaluate("canvas => Array.from(canvas.getContext('2d').getImageData(0, 0, 10, 10).data).filter((_, i) => i % 4 === 3)")
+    thumbnail = page.locator(".heads canvas").first.evaluate(
+        "canvas => Array.from(canvas.getContext('2d').getImageData(0, 0, 10, 10).data).filter((_, i) => i % 4 === 3)"
+    )
     assert np.array_equal(np.array(thumbnail).reshape(10, 10) == 255, one[0, 0] == 1)
 
 
@@ -159,21 +216,44 @@ def test_everything_by_keyboard(show, weights):
     visited = []
     for _ in range(14):
         page.keyboard.press("Tab")
-        focused = page.evaluate("(() => { const e = document.activeElement.shadowRoot?.activeElement; return e && [e.getAttribute('role') || e.tagName, getComputedStyle(e).outlineStyle] })()")
-        if focused: visited.append(tuple(focused))
+        focused = page.evaluate(
+            "(() => { const e = document.activeElement.shadowRoot?.activeElement; return e && [e.getAttribute('role') || e.tagName, getComputedStyle(e).outlineStyle] })()"
+        )
+        if focused:
+            visited.append(tuple(focused))
     assert {"SELECT", "BUTTON", "radio", "application", "listbox"} <= {name for name, _ in visited}
     assert all(outline == "solid" for _, outline in visited)  # where one is can be seen
     page.locator(ROLE % "radio").first.focus()
-    for key, place in [("ArrowRight", (0, 1)), ("ArrowDown", (1, 1)), ("End", (1, 2)), ("ArrowUp", (0, 2)), ("Home", (0, 0)), ("ArrowLeft", (0, 0))]:
+    for key, place in [
+        ("ArrowRight", (0, 1)),
+        ("ArrowDown", (1, 1)),
+        ("End", (1, 2)),
+        ("ArrowUp", (0, 2)),
+        ("Home", (0, 0)),
+        ("ArrowLeft", (0, 0)),
+    ]:
         page.keyboard.press(key)
         assert (state(page)["layer"], state(page)["head"]) == place
     page.locator(ROLE % "listbox").focus()
-    for key, token in [("Home", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 9), ("ArrowRight", 9)]:
+    for key, token in [
+        ("Home", 0),
+        ("ArrowRight", 1),
+        ("ArrowRight", 2),
+        ("ArrowLeft", 1),
+        ("End", 9),
+        ("ArrowRight", 9),
+    ]:
         page.keyboard.press(key)
         assert state(page)["token"] == token
     assert page.locator("[aria-selected=true]").count() == 1
     page.locator("canvas.heat").focus()
-    for key, place in [("Home", (9, 0)), ("ArrowUp", (8, 0)), ("ArrowRight", (8, 1)), ("End", (8, 8)), ("ArrowDown", (9, 8))]:
+    for key, place in [
+        ("Home", (9, 0)),
+        ("ArrowUp", (8, 0)),
+        ("ArrowRight", (8, 1)),
+        ("End", (8, 8)),
+        ("ArrowDown", (9, 8)),
+    ]:
         page.keyboard.press(key)
         assert (state(page)["token"], state(page)["key"]) == place
     page.keyboard.press("Enter")
@@ -202,7 +282,10 @@ def test_sort_and_filter(show, weights):
     assert [caption.split()[0] for caption in radios.all_inner_texts()] == ["1.2", "1.1", "1.0"]
     page.get_by_label("at least").fill("30")
     page.keyboard.press("Enter")
-    assert radios.count() == 0 and "no head has mine of 30 or more" in page.locator(".heads").inner_text()
+    assert (
+        radios.count() == 0
+        and "no head has mine of 30 or more" in page.locator(".heads").inner_text()
+    )
     page.locator("select").nth(2).select_option("")
     assert radios.count() == 6 and not page.get_by_label("at least").is_visible()
 
@@ -213,26 +296,46 @@ def test_table_of_values(show, seen):
     button = page.get_by_role("button", name="values")
     button.click()
     rows = [row.split("\t") for row in page.locator("tbody tr").all_inner_texts()]
-    assert [row[1].strip() for row in rows] == WORDS and button.get_attribute("aria-expanded") == "true"
+    assert [row[1].strip() for row in rows] == WORDS and button.get_attribute(
+        "aria-expanded"
+    ) == "true"
     for t, row in enumerate(rows):
         looks, is_seen = (None if x == "–" else float(x) for x in row[2:])
-        assert looks == (pytest.approx(seen.weights[1, 0, 6, t].item(), rel=1e-5, abs=1e-7) if t <= 6 else None)
-        assert is_seen == (pytest.approx(seen.weights[1, 0, t, 6].item(), rel=1e-5, abs=1e-7) if t >= 6 else None)
+        assert looks == (
+            pytest.approx(seen.weights[1, 0, 6, t].item(), rel=1e-5, abs=1e-7) if t <= 6 else None
+        )
+        assert is_seen == (
+            pytest.approx(seen.weights[1, 0, t, 6].item(), rel=1e-5, abs=1e-7) if t >= 6 else None
+        )
     button.click()
     assert not page.locator("tbody").is_visible()
 
 
-NASTY = ["<b>x</b>", "</script><script>window.ran = 1</script>", "\"'&`${1}", "\n", "שלום", "☃️", "\ud83d", "-->", "\x00\x07", "<img src=x onerror='window.ran = 1'>"]
+NASTY = [
+    "<b>x</b>",
+    "</script><script>window.ran = 1</script>",
+    "\"'&`${1}",
+    "\n",
+    "שלום",
+    "☃️",
+    "\ud83d",
+    "-->",
+    "\x00\x07",
+    "<img src=x onerror='window.ran = 1'>",
+]
 
 
 def test_tokens_are_never_markup(show, weights):
     page = show(attention_map(weights, NASTY, title="</title><script>window.ran = 1</script>"))
     words = page.locator(ROLE % "option").all_inner_texts()
-    assert words[:3] == NASTY[:3] and words[4] == "שלום" and words[9] == NASTY[9] and "⏎" in words[3]
+    assert (
+        words[:3] == NASTY[:3] and words[4] == "שלום" and words[9] == NASTY[9] and "⏎" in words[3]
+    )
     page.get_by_role("button", name="values").click()
     for t in range(10):
         call(page, f"map.choose({{token: {t}, key: {t}}})")
-        if t not in (3, 6, 8): assert NASTY[t] in readout(page)
+        if t not in (3, 6, 8):
+            assert NASTY[t] in readout(page)
     ElementTree.fromstring(call(page, "map.svg()"))  # well-formed, whatever the tokens
     assert call(page, "window.ran") is None and page.locator(".map b, .map img").count() == 0
 
@@ -240,35 +343,66 @@ def test_tokens_are_never_markup(show, weights):
 def test_export(show, weights):
     page = show(attention_map(weights, WORDS, title="a & b"))
     call(page, "map.choose({layer: 1, head: 1, token: 8})")
-    with page.expect_download() as download: page.get_by_role("button", name="SVG").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="SVG").click()
     assert download.value.suggested_filename == "attention-1.1.svg"
     svg = ElementTree.parse(download.value.path()).getroot()
     texts = [node.text for node in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert texts[0] == "a & b: layer 1, head 1" and set(WORDS) <= set(texts)
-    squares = [float(node.get("fill-opacity")) ** 2 for node in svg.iter("{http://www.w3.org/2000/svg}rect") if node.get("fill-opacity")]
-    assert squares[0] == pytest.approx(1, abs=0.01) and len(squares) == (weights[1, 1] > 1e-3).sum() + len(WORDS)  # the map, and the sentence
-    with page.expect_download() as download: page.get_by_role("button", name="PNG").click()
+    squares = [
+        float(node.get("fill-opacity")) ** 2
+        for node in svg.iter("{http://www.w3.org/2000/svg}rect")
+        if node.get("fill-opacity")
+    ]
+    assert squares[0] == pytest.approx(1, abs=0.01) and len(squares) == (
+        weights[1, 1] > 1e-3
+    ).sum() + len(WORDS)  # the map, and the sentence
+    with page.expect_download() as download:
+        page.get_by_role("button", name="PNG").click()
     from PIL import Image
+
     picture = Image.open(download.value.path())
-    assert picture.format == "PNG" and picture.width == 2 * int(svg.get("width")) and len(set(picture.convert("L").getdata())) > 20
+    assert (
+        picture.format == "PNG"
+        and picture.width == 2 * int(svg.get("width"))
+        and len(set(picture.convert("L").getdata())) > 20
+    )
 
 
 def test_several_on_a_page(show, weights):
     "Two maps, the first of them twice: each has its own state."
-    one, two = attention_map(weights, WORDS, title="one"), attention_map(weights[:, :2], WORDS, title="two")
-    page = show(html=f"<!doctype html><meta charset=utf-8>{one._repr_html_()}{two._repr_html_()}{one._repr_html_()}")
+    one, two = (
+        attention_map(weights, WORDS, title="one"),
+        attention_map(weights[:, :2], WORDS, title="two"),
+    )
+    page = show(
+        html=f"<!doctype html><meta charset=utf-8>{one._repr_html_()}{two._repr_html_()}{one._repr_html_()}"
+    )
     assert page.locator(".map strong").all_inner_texts() == ["one", "two", "one"]
     page.locator(ROLE % "radio").nth(5).click()
-    assert [(state(page, n)["layer"], state(page, n)["head"]) for n in range(3)] == [(1, 2), (0, 0), (0, 0)]
+    assert [(state(page, n)["layer"], state(page, n)["head"]) for n in range(3)] == [
+        (1, 2),
+        (0, 0),
+        (0, 0),
+    ]
 
 
 def test_side_by_side(show, weights):
-    page = show(side_by_side(attention_map(weights, WORDS), attention_map(random_weights(2, 3, 4), WORDS[:4])))
+    page = show(
+        side_by_side(
+            attention_map(weights, WORDS), attention_map(random_weights(2, 3, 4), WORDS[:4])
+        )
+    )
     page.locator(ROLE % "radio").nth(4).click()
     assert [(state(page, n)["layer"], state(page, n)["head"]) for n in (0, 1)] == [(1, 1), (1, 1)]
     page.locator(ROLE % "radio").nth(6).click()
     assert [(state(page, n)["layer"], state(page, n)["head"]) for n in (0, 1)] == [(0, 0), (0, 0)]
-    page = show(side_by_side(attention_map(weights, WORDS), attention_map(random_weights(2, 3, len(WORDS), seed=1), WORDS)))  # the same text: tokens, too
+    page = show(
+        side_by_side(
+            attention_map(weights, WORDS),
+            attention_map(random_weights(2, 3, len(WORDS), seed=1), WORDS),
+        )
+    )  # the same text: tokens, too
     page.locator(ROLE % "option").nth(13).click()
     assert state(page, 0) == state(page, 1) and state(page)["token"] == 3 and state(page)["pinned"]
 
@@ -276,30 +410,48 @@ def test_side_by_side(show, weights):
 def test_light_and_dark(show, weights):
     a_map = attention_map(weights, WORDS)
     paper = "document.querySelector('.attention-map').shadowRoot.querySelector('.map')"
-    light, dark = (show(a_map, color_scheme=scheme).evaluate(f"getComputedStyle({paper}).backgroundColor") for scheme in ("light", "dark"))
+    light, dark = (
+        show(a_map, color_scheme=scheme).evaluate(f"getComputedStyle({paper}).backgroundColor")
+        for scheme in ("light", "dark")
+    )
     assert light == "rgb(255, 255, 255)" and max(map(int, re.findall(r"\d+", dark))) < 40
-    page = show(html=f"<!doctype html><meta charset=utf-8><body class='quarto-light'>{a_map._repr_html_()}")
+    page = show(
+        html=f"<!doctype html><meta charset=utf-8><body class='quarto-light'>{a_map._repr_html_()}"
+    )
     assert page.locator(".attention-map").get_attribute("data-theme") == "light"
-    page.evaluate("document.body.className = 'quarto-dark'")  # Quarto's switch, while the page is open
+    page.evaluate(
+        "document.body.className = 'quarto-dark'"
+    )  # Quarto's switch, while the page is open
     page.locator(".attention-map[data-theme=dark]").wait_for()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_accessible(show, seen, scheme):
-    page = show(attention_map(seen.weights, seen.tokens, vectors=seen.vectors, title="a map"), color_scheme=scheme)
+    page = show(
+        attention_map(seen.weights, seen.tokens, vectors=seen.vectors, title="a map"),
+        color_scheme=scheme,
+    )
     page.get_by_role("button", name="values").click()
     call(page, "map.choose({token: 6, key: 2, pinned: true})")
-    found = [f"{v['id']}: {v['nodes'][0]['html'][:200]}" for v in Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")]
+    found = [
+        f"{v['id']}: {v['nodes'][0]['html'][:200]}"
+        for v in Axe().run(page).response["violations"]
+        if v["impact"] in ("serious", "critical")
+    ]
     assert not found, found
 
 
 def test_without_scripts(launch, tmp_path, weights):
     "The picture stands in, as it does in a notebook that is not trusted."
-    page = launch(tmp_path/"profile", offline=True, java_script_enabled=False).new_page()
-    attention_map(weights, WORDS).save(tmp_path/"map.html")
-    page.goto((tmp_path/"map.html").as_uri())
+    page = launch(tmp_path / "profile", offline=True, java_script_enabled=False).new_page()
+    attention_map(weights, WORDS).save(tmp_path / "map.html")
+    page.goto((tmp_path / "map.html").as_uri())
     picture = page.locator(".attention-map img")
-    assert picture.is_visible() and picture.bounding_box()["width"] > 100 and "2 x 3 heads for 10 tokens" in picture.get_attribute("alt")
+    assert (
+        picture.is_visible()
+        and picture.bounding_box()["width"] > 100
+        and "2 x 3 heads for 10 tokens" in picture.get_attribute("alt")
+    )
 
 
 def test_many_heads_and_tokens(show):
@@ -314,80 +466,15 @@ def test_many_heads_and_tokens(show):
 @pytest.mark.parametrize("name", ["02_attention", "06_generate", "appendix/attention_map"])
 def test_saved_notebooks(show, name):
     "The maps that are saved in the book, on one page: all drawn, by the script as it is now."
-    notebook = nbformat.read(ROOT/"nbs"/f"{name}.ipynb", as_version=4)
-    saved = [output["data"]["text/html"] for cell in notebook.cells for output in cell.get("outputs", []) if "attention-map" in output.get("data", {}).get("text/html", "")]
-    assert saved and all(script() in each for each in saved), f"run {name} again: attention_map.js has changed"
+    notebook = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
+    saved = [
+        output["data"]["text/html"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "attention-map" in output.get("data", {}).get("text/html", "")
+    ]
+    assert saved and all(script() in each for each in saved), (
+        f"run {name} again: attention_map.js has changed"
+    )
     page = show(html="<!doctype html><meta charset=utf-8>" + "".join(saved))
     assert page.locator(".map").count() == "".join(saved).count('class="attention-map"')
-
-
-NOTEBOOK = """
-import numpy as np
-from tinytransformer.attention_map import AttentionExplorer, attention_map
-from tinytransformer.model import ModelConfig, Transformer
-from tinytransformer.data import train_bpe
-tokenizer = train_bpe(["the cat sat on the mat and the cat slept"] * 9, 270)
-model = Transformer(ModelConfig(vocab_size=tokenizer.get_vocab_size(), seq_len=64, embed_dim=16, num_heads=2, num_layers=2)).eval()
-"""
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    "JupyterLab in an empty folder: the folder, and the server's address."
-    folder = tmp_path_factory.mktemp("lab")
-    with jupyter_lab(folder) as address: yield folder, address
-
-
-def open_notebook(launch, lab, tmp_path, *cells, outputs=()) -> Page:
-    folder, address = lab
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
-    if outputs: nb.cells[0].outputs = [nbformat.v4.new_output("display_data", data=data) for data in outputs]
-    name = f"{tmp_path.name}.ipynb"
-    nbformat.write(nb, folder/name)
-    page = launch(tmp_path/"profile", viewport=dict(width=1300, height=1000)).new_page()
-    page.goto(f"{address}/lab/tree/{name}?reset&token=abc")
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=60_000)
-    return page
-
-
-def test_untrusted_notebook(launch, lab, tmp_path, weights):
-    "Scripts are taken out, and the picture stays."
-    page = open_notebook(launch, lab, tmp_path, "1", outputs=[{"text/html": attention_map(weights, WORDS)._repr_html_()}])
-    picture = page.locator(".attention-map img")
-    picture.wait_for()
-    assert picture.bounding_box()["width"] > 100 and not page.locator(".attention-map[data-ready]").count()
-
-
-def test_jupyterlab(launch, lab, tmp_path):
-    "Run from top to bottom: a map that answers, and whose keys are no commands of the notebook."
-    page = open_notebook(launch, lab, tmp_path, NOTEBOOK, "attention_map(np.eye(5)[None, None], list('abcde'), title='in the lab')")
-    run_all(page)
-    page.locator(".attention-map[data-ready]").wait_for(timeout=60_000)
-    page.locator(ROLE % "radio").first.click()
-    cells = page.locator(".jp-Notebook .jp-Cell").count()
-    for part in (page.locator(ROLE % "radio").first, page.locator(ROLE % "listbox"), page.locator("canvas.heat"), page.get_by_role("button", name="values")):
-        part.focus()
-        for key in ("x", "a", "b", "d", "d", "m", "y", "z", "0", "0", "Shift+M"): page.keyboard.press(key)
-    page.locator(ROLE % "listbox").focus()
-    page.keyboard.press("Home")
-    page.keyboard.press("ArrowRight")
-    assert state(page)["token"] == 1
-    page.wait_for_timeout(300)
-    assert page.locator(".jp-Notebook .jp-Cell").count() == cells == 2 and page.locator(".jp-Dialog").count() == 0
-    assert page.locator(".jp-Notebook .jp-CodeCell").count() == 2
-
-
-@pytest.mark.parametrize("package", ["anywidget", "ipywidgets alone"])
-def test_explorer_in_jupyterlab(launch, lab, tmp_path, package):
-    "A prompt typed into the page is answered by a new map; heads are switched off."
-    hide = "import sys; sys.modules['anywidget'] = None" if package != "anywidget" else ""
-    page = open_notebook(launch, lab, tmp_path, hide + NOTEBOOK, "AttentionExplorer(model, tokenizer, 'the cat sat')")
-    run_all(page)
-    page.locator("[data-ready]").wait_for(timeout=60_000)
-    words = page.locator(ROLE % "option")
-    before = words.count()
-    page.locator("textarea[placeholder], .widget-textarea textarea").first.fill("the cat sat on the mat and slept")
-    page.keyboard.press("Tab")
-    page.wait_for_function(f"document.querySelector('[data-ready]')?.shadowRoot.querySelectorAll('[role=option]').length > {before}")
-    page.locator(".widget-select-multiple select").select_option(index=1)
-    page.get_by_text("against").wait_for()

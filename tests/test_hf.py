@@ -1,5 +1,18 @@
-"""GPT-2 as we read it, runs as others read them: processes and libraries that have none of our code, and training that begins from a GPT-2."""
-import copy, json, os, re, shutil, signal, socket, subprocess, sys, threading, time, urllib.request
+"""GPT-2 as we read it, runs as others read them: processes and libraries that have none of our
+code, and training that begins from a GPT-2."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -7,11 +20,12 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL
+from torch.testing import assert_close
+
 from tinytransformer.cli import main
 from tinytransformer.generate import SampleConfig, complete, empty_cache, extend
 from tinytransformer.model import Transformer, hf_names, next_token_loss, to_hf, turned
 from tinytransformer.train import load_run
-from torch.testing import assert_close
 
 WITHOUT_US = """
 import json, sys
@@ -25,17 +39,29 @@ print(json.dumps(dict(type=model.config.model_type, activation=model.config.acti
 """
 
 
-SHAPES = [dict(n_layer=2, n_embd=16, n_head=4), dict(n_layer=1, n_embd=8, n_head=1, vocab_size=61), dict(n_layer=3, n_embd=48, n_head=3, n_positions=9),
-          dict(n_layer=2, n_embd=32, n_head=2, activation_function="relu"), dict(n_layer=4, n_embd=24, n_head=8, activation_function="gelu_pytorch_tanh"), dict(n_layer=2, n_embd=16, n_head=2, tie_word_embeddings=False)]
+SHAPES = [
+    dict(n_layer=2, n_embd=16, n_head=4),
+    dict(n_layer=1, n_embd=8, n_head=1, vocab_size=61),
+    dict(n_layer=3, n_embd=48, n_head=3, n_positions=9),
+    dict(n_layer=2, n_embd=32, n_head=2, activation_function="relu"),
+    dict(n_layer=4, n_embd=24, n_head=8, activation_function="gelu_pytorch_tanh"),
+    dict(n_layer=2, n_embd=16, n_head=2, tie_word_embeddings=False),
+]
 
 
 def twin(shape: dict):
     "A `GPT2LMHeadModel` in which every number is random, in evaluation mode."
     from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**dict(vocab_size=97, n_positions=24, bos_token_id=None, eos_token_id=None) | shape)).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            **dict(vocab_size=97, n_positions=24, bos_token_id=None, eos_token_id=None) | shape
+        )
+    ).eval()
     with torch.no_grad():
-        for name, p in model.named_parameters(): p.normal_(mean=float(bool(re.search(r"ln_\w\.weight", name))), std=0.2)
+        for name, p in model.named_parameters():
+            p.normal_(mean=float(bool(re.search(r"ln_\w\.weight", name))), std=0.2)
     return model
 
 
@@ -46,9 +72,11 @@ def opened(folder: Path, theirs) -> Transformer:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_twins(shape, tmp_path):
-    "Logits, the gradient of every parameter, and step by step the cache: all as Hugging Face computes them, in double precision."
+    """Logits, the gradient of every parameter, and step by step the cache: all as Hugging Face
+    computes them, in double precision.
+    """
     theirs = twin(shape)
-    mine = opened(tmp_path/"twin", theirs)
+    mine = opened(tmp_path / "twin", theirs)
     assert not mine.training
     theirs, mine = theirs.double(), mine.double()
     tokens = torch.randint(theirs.config.vocab_size, (2, theirs.config.n_positions + 1))
@@ -66,7 +94,9 @@ def test_twins(shape, tmp_path):
         for start, end in ((0, 3), (3, 4), (4, x.shape[1])):  # a prompt, a token, the rest
             out = theirs(x[:, start:end], past_key_values=past, use_cache=True)
             past = out.past_key_values
-            assert_close(extend(mine, x[:, start:end], room), out.logits[:, -1], rtol=1e-9, atol=1e-9)
+            assert_close(
+                extend(mine, x[:, start:end], room), out.logits[:, -1], rtol=1e-9, atol=1e-9
+            )
             for layer, (keys, values) in zip(past.layers, room.kv, strict=True):
                 assert_close(keys[:, :, :end], layer.keys, rtol=1e-9, atol=1e-9)
                 assert_close(values[:, :, :end], layer.values, rtol=1e-9, atol=1e-9)
@@ -74,15 +104,25 @@ def test_twins(shape, tmp_path):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_there_and_back(shape, tmp_path):
-    "Theirs, ours, theirs; and ours, theirs, ours, through folders: every number is what it was, and a tied matrix is one matrix."
+    """Theirs, ours, theirs; and ours, theirs, ours, through folders: every number is what it was,
+    and a tied matrix is one matrix.
+    """
     from transformers import AutoModelForCausalLM
+
     theirs = twin(shape)
-    mine = opened(tmp_path/"out", theirs)
-    to_hf(mine).save_pretrained(tmp_path/"back")
-    back, again = AutoModelForCausalLM.from_pretrained(tmp_path/"back"), Transformer.from_hf(tmp_path/"back")
+    mine = opened(tmp_path / "out", theirs)
+    to_hf(mine).save_pretrained(tmp_path / "back")
+    back, again = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "back"),
+        Transformer.from_hf(tmp_path / "back"),
+    )
     assert back.state_dict().keys() == theirs.state_dict().keys()
-    assert all(torch.equal(weight, back.state_dict()[name]) for name, weight in theirs.state_dict().items())
-    assert again.cfg == mine.cfg and all(torch.equal(p, q) for p, q in zip(mine.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(weight, back.state_dict()[name]) for name, weight in theirs.state_dict().items()
+    )
+    assert again.cfg == mine.cfg and all(
+        torch.equal(p, q) for p, q in zip(mine.parameters(), again.parameters(), strict=True)
+    )
     assert (again.head.weight is again.embeddings.token.weight) == theirs.config.tie_word_embeddings
     assert len([p for p in again.parameters() if p.requires_grad]) == len(list(theirs.parameters()))
 
@@ -94,72 +134,139 @@ def test_reading_draws_nothing(tmp_path):
     mine = Transformer.from_hf(theirs)
     assert torch.equal(torch.get_rng_state(), state)
     with torch.no_grad():
-        for p in mine.parameters(): p.add_(1)
+        for p in mine.parameters():
+            p.add_(1)
     assert all(torch.equal(weight, before[name]) for name, weight in theirs.state_dict().items())
 
 
 def test_as_openai_wrote_it(tmp_path):
-    "GPT-2's own file: names without prefix, the causal masks of each block, the tied matrix twice; and half precision."
+    """GPT-2's own file: names without prefix, the causal masks of each block, the tied matrix
+    twice; and half precision.
+    """
     import safetensors.torch
+
     theirs = twin(SHAPES[0])
     theirs.save_pretrained(tmp_path)
-    old = {name.removeprefix("transformer."): weight.clone() for name, weight in theirs.state_dict().items()}
-    old |= {f"h.{i}.attn.{name}": value for i in range(2) for name, value in (("bias", torch.ones(1, 1, 24, 24)), ("masked_bias", torch.tensor(-1e4)))}
+    old = {
+        name.removeprefix("transformer."): weight.clone()
+        for name, weight in theirs.state_dict().items()
+    }
+    old |= {
+        f"h.{i}.attn.{name}": value
+        for i in range(2)
+        for name, value in (("bias", torch.ones(1, 1, 24, 24)), ("masked_bias", torch.tensor(-1e4)))
+    }
     assert "lm_head.weight" in old
-    safetensors.torch.save_file(old, tmp_path/"model.safetensors")
+    safetensors.torch.save_file(old, tmp_path / "model.safetensors")
     found = Transformer.from_hf(tmp_path)
-    assert all(torch.equal(p, q) for p, q in zip(found.parameters(), Transformer.from_hf(theirs).parameters(), strict=True))
-    safetensors.torch.save_file({name: weight.half() for name, weight in old.items()}, tmp_path/"model.safetensors")
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(found.parameters(), Transformer.from_hf(theirs).parameters(), strict=True)
+    )
+    safetensors.torch.save_file(
+        {name: weight.half() for name, weight in old.items()}, tmp_path / "model.safetensors"
+    )
     assert {p.dtype for p in Transformer.from_hf(tmp_path).parameters()} == {torch.float32}
 
 
 class OneModel(BaseHTTPRequestHandler):
     "What a Hub says about a single model, `someone/twin`, that lies in a folder."
+
     def do_GET(self):
         sha, files = "0" * 40, {f.name: f.read_bytes() for f in self.server.folder.iterdir()}
         name, headers = self.path.split("?")[0].rsplit("/", 1)[-1], {}
-        if self.path.startswith("/api/models/someone/twin/tree/"): body = json.dumps([dict(type="file", path=f, size=len(b), oid=sha) for f, b in files.items()]).encode()
-        elif self.path.startswith("/api/models/someone/twin"): body = json.dumps(dict(id="someone/twin", sha=sha, siblings=[dict(rfilename=f) for f in files])).encode()
-        elif self.path.startswith("/someone/twin/resolve/") and name in files: body, headers = files[name], {"X-Repo-Commit": sha, "ETag": f'"{name}"'}
-        else: return self.send_error(404)
+        if self.path.startswith("/api/models/someone/twin/tree/"):
+            body = json.dumps(
+                [dict(type="file", path=f, size=len(b), oid=sha) for f, b in files.items()]
+            ).encode()
+        elif self.path.startswith("/api/models/someone/twin"):
+            body = json.dumps(
+                dict(id="someone/twin", sha=sha, siblings=[dict(rfilename=f) for f in files])
+            ).encode()
+        elif self.path.startswith("/someone/twin/resolve/") and name in files:
+            body, headers = files[name], {"X-Repo-Commit": sha, "ETag": f'"{name}"'}
+        else:
+            return self.send_error(404)
         self.server.asked.append(name)
         self.send_response(200)
-        for k, v in (headers | {"Content-Length": str(len(body))}).items(): self.send_header(k, v)
+        for k, v in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(k, v)
         self.end_headers()
-        if self.command == "GET": self.wfile.write(body)
+        if self.command == "GET":
+            self.wfile.write(body)
+
     do_HEAD = do_GET
-    def log_message(self, *args): pass
+
+    def log_message(self, *args):
+        pass
 
 
 def test_a_name_on_the_hub(tmp_path):
     "Fetched once, by name, and nothing that is not needed; afterwards the disk is enough."
     theirs = twin(SHAPES[0])
-    theirs.save_pretrained(tmp_path/"model")
-    (tmp_path/"model/pytorch_model.bin").write_bytes(b"could run any code")
+    theirs.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/pytorch_model.bin").write_bytes(b"could run any code")
     code = "import sys; from tinytransformer.model import Transformer; print(sum(p.double().sum().item() for p in Transformer.from_hf('someone/twin').parameters()))"
     with ThreadingHTTPServer(("127.0.0.1", 0), OneModel) as server:
-        server.folder, server.asked = tmp_path/"model", []
+        server.folder, server.asked = tmp_path / "model", []
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path/"home"), HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1")
-        found = [subprocess.run([sys.executable, "-c", code], env=env | more, capture_output=True, text=True, check=True).stdout for more in ({}, {"HF_HUB_OFFLINE": "1"})]
+        env = {
+            name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"
+        } | dict(
+            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+            HF_HOME=str(tmp_path / "home"),
+            HF_HUB_DISABLE_XET="1",
+            NO_PROXY="127.0.0.1",
+        )
+        found = [
+            subprocess.run(
+                [sys.executable, "-c", code],
+                env=env | more,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for more in ({}, {"HF_HUB_OFFLINE": "1"})
+        ]
         server.shutdown()
-    assert found[0] == found[1] and abs(float(found[0]) - sum(p.double().sum().item() for p in theirs.parameters())) < 1e-6
+    assert (
+        found[0] == found[1]
+        and abs(float(found[0]) - sum(p.double().sum().item() for p in theirs.parameters())) < 1e-6
+    )
     assert "model.safetensors" in server.asked and "pytorch_model.bin" not in server.asked
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def exported(workspace):
-    folder = workspace/"exported"
-    main(["export", str(workspace/"runs/small"), str(folder)])
+    folder = workspace / "exported"
+    main(["export", str(workspace / "runs/small"), str(folder)])
     return folder
 
 
 def test_a_process_without_our_code_opens_it(exported, workspace):
-    said = subprocess.run([sys.executable, "-c", WITHOUT_US, str(exported), "The school"], capture_output=True, text=True, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}).stdout
-    found, run = json.loads(said.splitlines()[-1]), load_run(workspace/"runs/small")
-    assert found["type"] == "gpt2" and found["activation"] == "relu" and found["ids"] == run.tokenizer.encode("The school").ids
-    with torch.no_grad(): torch.testing.assert_close(torch.tensor(found["logits"]), run.model(torch.tensor([found["ids"]]))[0, -1], atol=1e-5, rtol=1e-5)
-    assert not list(exported.glob("*.py")) and "auto_map" not in (exported/"config.json").read_text()
+    said = subprocess.run(
+        [sys.executable, "-c", WITHOUT_US, str(exported), "The school"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    ).stdout
+    found, run = json.loads(said.splitlines()[-1]), load_run(workspace / "runs/small")
+    assert (
+        found["type"] == "gpt2"
+        and found["activation"] == "relu"
+        and found["ids"] == run.tokenizer.encode("The school").ids
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.tensor(found["logits"]),
+            run.model(torch.tensor([found["ids"]]))[0, -1],
+            atol=1e-5,
+            rtol=1e-5,
+        )
+    assert (
+        not list(exported.glob("*.py")) and "auto_map" not in (exported / "config.json").read_text()
+    )
 
 
 def test_export_refuses(here, exported, capsys):
@@ -167,10 +274,26 @@ def test_export_refuses(here, exported, capsys):
     before = sorted(exported.iterdir())
     shutil.copytree("runs/small", "runs/other-tokenizer", dirs_exist_ok=True)
     tokenizer = json.loads(Path("runs/other-tokenizer/tokenizer.json").read_text())
-    tokenizer["added_tokens"].append(dict(id=300, content="<new>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=True))
+    tokenizer["added_tokens"].append(
+        dict(
+            id=300,
+            content="<new>",
+            single_word=False,
+            lstrip=False,
+            rstrip=False,
+            normalized=False,
+            special=True,
+        )
+    )
     Path("runs/other-tokenizer/tokenizer.json").write_text(json.dumps(tokenizer))
-    for args, message in ((["runs/small", str(exported)], "not empty"), (["runs/small", "runs/small/config.yaml"], "not empty"), (["runs/none", "new"], "runs/none"), (["runs/other-tokenizer", "new"], "tokenizer")):
-        with pytest.raises(SystemExit) as stop: main(["export", *args])
+    for args, message in (
+        (["runs/small", str(exported)], "not empty"),
+        (["runs/small", "runs/small/config.yaml"], "not empty"),
+        (["runs/none", "new"], "runs/none"),
+        (["runs/other-tokenizer", "new"], "tokenizer"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["export", *args])
         assert message in str(stop.value) and "\n" not in str(stop.value)
     assert sorted(exported.iterdir()) == before and not Path("new").exists()
 
@@ -178,22 +301,47 @@ def test_export_refuses(here, exported, capsys):
 GENTLY = "--train.learning_rate 1e-6 --train.min_learning_rate 1e-7 --train.warmup_steps 1 --train.max_steps 4 --train.eval_every 2".split()
 
 
-def step_losses(run: str) -> list[float]: return [json.loads(line)["loss"] for line in Path(run, "metrics.jsonl").open()]
+def step_losses(run: str) -> list[float]:
+    return [json.loads(line)["loss"] for line in Path(run, "metrics.jsonl").open()]
 
 
 def test_training_begins_from_it(here, exported):
-    "Its weights, its shape, its tokenizer, whatever the file says; with a shorter context, if one is asked for. The run goes on when the folder is gone, as it would have with it."
-    source = here/"source"
+    """Its weights, its shape, its tokenizer, whatever the file says; with a shorter context, if one
+    is asked for. The run goes on when the folder is gone, as it would have with it.
+    """
+    source = here / "source"
     shutil.copytree(exported, source)
-    args = ["train", "--config", "tiny", "--data.articles", "60", "--data.seed", "5", "--sample.max_new_tokens", "5", *GENTLY, "--model.from_hf", str(source), "--model.seq_len", "16"]  # other text, and no shape
+    args = [
+        "train",
+        "--config",
+        "tiny",
+        "--data.articles",
+        "60",
+        "--data.seed",
+        "5",
+        "--sample.max_new_tokens",
+        "5",
+        *GENTLY,
+        "--model.from_hf",
+        str(source),
+        "--model.seq_len",
+        "16",
+    ]  # other text, and no shape
     main([*args, "--folder", "runs/tuned"])
     tuned, fresh = load_run("runs/tuned"), load_run("runs/small")
     assert tuned.model.cfg.seq_len == 16 and tuned.model.cfg.embed_dim == fresh.model.cfg.embed_dim
     assert tuned.tokenizer.get_vocab() == fresh.tokenizer.get_vocab()
     text = "The school of = Hill =\n stands in the north ."
     assert tuned.tokenizer.encode(text).ids == fresh.tokenizer.encode(text).ids
-    assert_close(tuned.model.embeddings.token.weight, fresh.model.embeddings.token.weight, atol=1e-4, rtol=0)
-    assert_close(tuned.model.embeddings.position.weight, fresh.model.embeddings.position.weight[:16], atol=1e-4, rtol=0)
+    assert_close(
+        tuned.model.embeddings.token.weight, fresh.model.embeddings.token.weight, atol=1e-4, rtol=0
+    )
+    assert_close(
+        tuned.model.embeddings.position.weight,
+        fresh.model.embeddings.position.weight[:16],
+        atol=1e-4,
+        rtol=0,
+    )
     assert not torch.equal(tuned.model.embeddings.token.weight, fresh.model.embeddings.token.weight)
     shutil.rmtree(source)
     main(["train", "--resume", "runs/tuned", "--train.max_steps", "6"])
@@ -202,22 +350,41 @@ def test_training_begins_from_it(here, exported):
 
 
 def test_killed_before_its_first_checkpoint(here, exported):
-    "The run keeps the weights it began with: it ends with the very bytes of one that was not killed, and the same command begins and resumes."
-    source = here/"source-of-killed"
+    """The run keeps the weights it began with: it ends with the very bytes of one that was not
+    killed, and the same command begins and resumes.
+    """
+    source = here / "source-of-killed"
     shutil.copytree(exported, source)
-    args = ["train", "--config", "tiny", *SMALL, *GENTLY, "--model.from_hf", str(source), "--resume", "auto"]
+    args = [
+        "train",
+        "--config",
+        "tiny",
+        *SMALL,
+        *GENTLY,
+        "--model.from_hf",
+        str(source),
+        "--resume",
+        "auto",
+    ]
     main([*args, "--folder", "runs/whole"])
     shutil.copytree("runs/whole", "runs/killed")
-    for name in ("last", "previous", "best"): shutil.rmtree(f"runs/killed/{name}", ignore_errors=True)
-    for name in ("summary.json", "metrics.jsonl", "samples.jsonl", "curve.png"): Path("runs/killed", name).unlink()
+    for name in ("last", "previous", "best"):
+        shutil.rmtree(f"runs/killed/{name}", ignore_errors=True)
+    for name in ("summary.json", "metrics.jsonl", "samples.jsonl", "curve.png"):
+        Path("runs/killed", name).unlink()
     shutil.rmtree(source)
     main([*args, "--folder", "runs/killed"])
     assert step_losses("runs/killed") == step_losses("runs/whole")
-    assert Path("runs/killed/last/model.safetensors").read_bytes() == Path("runs/whole/last/model.safetensors").read_bytes()
+    assert (
+        Path("runs/killed/last/model.safetensors").read_bytes()
+        == Path("runs/whole/last/model.safetensors").read_bytes()
+    )
     Path("runs/killed/summary.json").unlink()
-    for name in ("last", "previous", "best"): shutil.rmtree(f"runs/killed/{name}", ignore_errors=True)
+    for name in ("last", "previous", "best"):
+        shutil.rmtree(f"runs/killed/{name}", ignore_errors=True)
     Path("runs/killed/start.safetensors").write_bytes(b"half")
-    with pytest.raises(SystemExit, match="start.safetensors is damaged"): main(["train", "--resume", "runs/killed"])
+    with pytest.raises(SystemExit, match="start.safetensors is damaged"):
+        main(["train", "--resume", "runs/killed"])
 
 
 def test_a_run_begun_before_a_setting_existed(here):
@@ -226,37 +393,102 @@ def test_a_run_begun_before_a_setting_existed(here):
     for file in (Path("runs/old/config.yaml"), *Path("runs/old").glob("*/checkpoint.json")):
         found = yaml.safe_load(file.read_text())
         sections = found.get("config", found)
-        for section, names in dict(model=("activation", "from_hf", "norm", "positions", "attention_dropout", "embedding_dropout"), train=("optimizer",)).items():
-            for name in names: del sections[section][name]
+        for section, names in dict(
+            model=(
+                "activation",
+                "from_hf",
+                "norm",
+                "positions",
+                "attention_dropout",
+                "embedding_dropout",
+            ),
+            train=("optimizer",),
+        ).items():
+            for name in names:
+                del sections[section][name]
         file.write_text(json.dumps(found))
     main(["train", "--resume", "runs/old", "--train.max_steps", "7"])
     assert len(step_losses("runs/old")) == 7
 
 
-@pytest.mark.parametrize("args, message", [(["--model.seq_len", "64"], "context of 32"), (["--data.vocab_size", "280"], "data.vocab_size is 280"), (["--model.embed_dim=32"], "model.embed_dim is 32"),
-                                           (["--data.tokenizer", "openai-community/gpt2"], "data.tokenizer"), (["--model.activation", "gelu"], "model.activation is gelu"),
-                                           (["--model.from_hf", "nowhere"], "no folder 'nowhere'"), (["--model.from_hf", "bare"], "no tokenizer.json")])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--model.seq_len", "64"], "context of 32"),
+        (["--data.vocab_size", "280"], "data.vocab_size is 280"),
+        (["--model.embed_dim=32"], "model.embed_dim is 32"),
+        (["--data.tokenizer", "openai-community/gpt2"], "data.tokenizer"),
+        (["--model.activation", "gelu"], "model.activation is gelu"),
+        (["--model.from_hf", "nowhere"], "no folder 'nowhere'"),
+        (["--model.from_hf", "bare"], "no tokenizer.json"),
+    ],
+)
 def test_what_does_not_fit_to_begin_from(here, exported, args, message):
-    shutil.copytree(exported, "bare", ignore=shutil.ignore_patterns("tokenizer*"), dirs_exist_ok=True)
-    with pytest.raises(SystemExit) as stop: main(["train", "--config", "tiny", "--folder", "runs/never", *SMALL, "--model.from_hf", str(exported), *args])
-    assert message in str(stop.value) and "\n" not in str(stop.value) and not Path("runs/never").exists()
+    shutil.copytree(
+        exported, "bare", ignore=shutil.ignore_patterns("tokenizer*"), dirs_exist_ok=True
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(
+            [
+                "train",
+                "--config",
+                "tiny",
+                "--folder",
+                "runs/never",
+                *SMALL,
+                "--model.from_hf",
+                str(exported),
+                *args,
+            ]
+        )
+    assert (
+        message in str(stop.value)
+        and "\n" not in str(stop.value)
+        and not Path("runs/never").exists()
+    )
 
 
+@pytest.mark.slow
 def test_transformers_serves_it(exported, workspace):
     "The same client as for our own server."
     openai = pytest.importorskip("openai")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(exported), "--port", str(port), "--device", "cpu"]
-    with subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as server:
+    command = [
+        str(Path(sys.executable).with_name("transformers")),
+        "serve",
+        str(exported),
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
+    with subprocess.Popen(
+        command,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as server:
         try:
             for _ in range(300):
-                try: urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-                except OSError: time.sleep(0.2)
-                else: break
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                except OSError:
+                    time.sleep(0.2)
+                else:
+                    break
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-            found = client.completions.create(model=str(exported), prompt="The school", max_tokens=8, temperature=0)
-        finally: os.killpg(server.pid, signal.SIGKILL)
-    run = load_run(workspace/"runs/small")
-    assert "The school" + found.choices[0].text == complete(run.model, run.tokenizer, "The school", SampleConfig(max_new_tokens=8, temperature=0))[0]
+            found = client.completions.create(
+                model=str(exported), prompt="The school", max_tokens=8, temperature=0
+            )
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+    run = load_run(workspace / "runs/small")
+    assert (
+        "The school" + found.choices[0].text
+        == complete(
+            run.model, run.tokenizer, "The school", SampleConfig(max_new_tokens=8, temperature=0)
+        )[0]
+    )

@@ -1,49 +1,151 @@
-"""The book in JupyterLab: it opens at its start, and every chapter runs from top to bottom."""
-import re, shutil
+"""JupyterLab in a browser: the book opens at its start, a chapter with an attention map runs from
+top to bottom, and maps and explorers answer.
+"""
 
+import re
+
+import nbformat
+import numpy as np
 import pytest
-from conftest import ROOT, jupyter_lab, run_all
+from conftest import run_all
+from playwright.sync_api import Page
+from tinytransformer.attention_map import attention_map
 
-CHAPTERS = sorted((ROOT/"nbs").glob("0*.ipynb"), reverse=True)  # the longest first, so that no worker is left alone with one of them
-
-
-@pytest.fixture(scope="module")
-def book(tmp_path_factory):
-    "JupyterLab, started as the README says, in a copy of the project, so that it saves nothing over ours; what was prepared and trained is shared."
-    folder = tmp_path_factory.mktemp("book")
-    shutil.copytree(ROOT/"nbs", folder/"nbs", symlinks=True, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    for name in ("data", "runs", "benchmarks"):
-        (ROOT/name).mkdir(exist_ok=True)
-        (folder/name).symlink_to(ROOT/name)
-    command = re.search(r"`jupyter lab (\S+)`", (ROOT/"README.md").read_text())
-    with jupyter_lab(folder, command[1]) as address: yield folder, address
+OPEN = """async path => {
+    window.panel = await jupyterapp.commands.execute('docmanager:open', {path});
+    await panel.context.ready;
+}"""
+CELLS = """panel.content.widgets.filter(cell => cell.model.type === 'code')
+    .map(cell => cell.model.sharedModel.toJSON())"""
 
 
 def test_it_opens_at_the_start(launch, book, tmp_path):
     folder, address = book
     page = launch(tmp_path).new_page()
-    opened = next((folder/"runtime").glob("jpserver-file-to-run-*.html")).read_text()  # by it, Jupyter tells the browser where to go
+    # by this page, Jupyter tells the browser where to go
+    opened = next((folder / "runtime").glob("jpserver-file-to-run-*.html")).read_text()
     page.goto(address + re.search(r"http://[^/]+(/[^\"]+ipynb\?token=abc)", opened)[1])
     page.locator(".jp-Notebook h1", has_text="tinytransformer").wait_for(timeout=60_000)
 
 
-@pytest.fixture(scope="module")
-def lab(launch, book, tmp_path_factory):
-    "A page in which JupyterLab is loaded, once for all chapters."
-    page = launch(tmp_path_factory.mktemp("profile")).new_page()
+def test_run_all(launch, book, tmp_path):
+    """Run > Run All Cells in 02: every cell has run, none has failed, and the attention map is
+    drawn.
+    """
+    page = launch(tmp_path).new_page()
     page.goto(f"{book[1]}/lab?reset&token=abc")
     page.wait_for_function("window.jupyterapp")
     page.evaluate("jupyterapp.restored")
+    page.evaluate(OPEN, "02_attention.ipynb")
+    assert page.evaluate("panel.context.path") == "02_attention.ipynb"
+    run_all(page, "panel")
+    cells = page.evaluate(CELLS)
+    page.locator(".attention-map[data-ready]").first.wait_for(state="attached")
+    page.evaluate("panel.sessionContext.shutdown().then(() => panel.dispose())")
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert cells and not [output for output in outputs if output["output_type"] == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    assert all(cell["execution_count"] for cell in cells if "".join(cell["source"]).strip())
+
+
+NOTEBOOK = """
+import numpy as np
+from tinytransformer.attention_map import AttentionExplorer, attention_map
+from tinytransformer.model import ModelConfig, Transformer
+from tinytransformer.data import train_bpe
+tokenizer = train_bpe(["the cat sat on the mat and the cat slept"] * 9, 270)
+sizes = dict(seq_len=64, embed_dim=16, num_heads=2, num_layers=2)
+model = Transformer(ModelConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)).eval()
+"""
+
+
+def open_notebook(launch, book, tmp_path, *cells, outputs=()) -> Page:
+    folder, address = book
+    nb = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source) for source in cells],
+        metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")),
+    )
+    if outputs:
+        nb.cells[0].outputs = [
+            nbformat.v4.new_output("display_data", data=data) for data in outputs
+        ]
+    name = f"{tmp_path.name}.ipynb"
+    nbformat.write(nb, folder / "nbs" / name)
+    page = launch(tmp_path / "profile", viewport=dict(width=1300, height=1000)).new_page()
+    page.goto(f"{address}/lab/tree/{name}?reset&token=abc")
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=60_000)
     return page
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
-def test_run_all(lab, chapter):
-    "Run > Run All Cells: every cell has run, and none has failed."
-    lab.evaluate("async path => { window.panel = await jupyterapp.commands.execute('docmanager:open', {path}); await panel.context.ready }", chapter.name)
-    assert lab.evaluate("panel.context.path") == chapter.name
-    run_all(lab, "panel")  # not what is in front: once something kept the chapter before it there
-    cells = lab.evaluate("panel.content.widgets.filter(cell => cell.model.type === 'code').map(cell => cell.model.sharedModel.toJSON())")
-    lab.evaluate("panel.sessionContext.shutdown().then(() => panel.dispose())")
-    assert cells and not [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error" or output.get("name") == "stderr"]
-    assert all(cell["execution_count"] for cell in cells if "".join(cell["source"]).strip())
+def test_untrusted_notebook(launch, book, tmp_path):
+    "Scripts are taken out, and the picture stays."
+    weights = np.tile(np.eye(9), (2, 3, 1, 1))
+    html = attention_map(weights, list("abcdefghi"))._repr_html_()
+    page = open_notebook(launch, book, tmp_path, "1", outputs=[{"text/html": html}])
+    picture = page.locator(".attention-map img")
+    picture.wait_for()
+    assert picture.bounding_box()["width"] > 100
+    assert not page.locator(".attention-map[data-ready]").count()
+
+
+def test_jupyterlab(launch, book, tmp_path):
+    "Run from top to bottom: a map that answers, and whose keys are no commands of the notebook."
+    page = open_notebook(
+        launch,
+        book,
+        tmp_path,
+        NOTEBOOK,
+        "attention_map(np.eye(5)[None, None], list('abcde'), title='in the lab')",
+    )
+    run_all(page)
+    page.locator(".attention-map[data-ready]").wait_for(timeout=60_000)
+    page.locator("[role=radio]").first.click()
+    cells = page.locator(".jp-Notebook .jp-Cell").count()
+    for part in (
+        page.locator("[role=radio]").first,
+        page.locator("[role=listbox]"),
+        page.locator("canvas.heat"),
+        page.get_by_role("button", name="values"),
+    ):
+        part.focus()
+        for key in ("x", "a", "b", "d", "d", "m", "y", "z", "0", "0", "Shift+M"):
+            page.keyboard.press(key)
+    page.locator("[role=listbox]").focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    host = "document.querySelector('.attention-map')"
+    assert page.evaluate(f"{host}.attentionMap.state.token") == 1
+    page.wait_for_timeout(300)
+    assert (
+        page.locator(".jp-Notebook .jp-Cell").count() == cells == 2
+        and page.locator(".jp-Dialog").count() == 0
+    )
+    assert page.locator(".jp-Notebook .jp-CodeCell").count() == 2
+
+
+@pytest.mark.parametrize("package", ["anywidget", "ipywidgets alone"])
+def test_explorer_in_jupyterlab(launch, book, tmp_path, package):
+    "A prompt typed into the page is answered by a new map; heads are switched off."
+    hide = "import sys; sys.modules['anywidget'] = None" if package != "anywidget" else ""
+    page = open_notebook(
+        launch,
+        book,
+        tmp_path,
+        hide + NOTEBOOK,
+        "AttentionExplorer(model, tokenizer, 'the cat sat')",
+    )
+    run_all(page)
+    page.locator("[data-ready]").wait_for(timeout=60_000)
+    words = page.locator("[role=option]")
+    before = words.count()
+    page.locator("textarea[placeholder], .widget-textarea textarea").first.fill(
+        "the cat sat on the mat and slept"
+    )
+    page.keyboard.press("Tab")
+    page.wait_for_function(
+        "before => document.querySelector('[data-ready]')"
+        "?.shadowRoot.querySelectorAll('[role=option]').length > before",
+        arg=before,
+    )
+    page.locator(".widget-select-multiple select").select_option(index=1)
+    page.get_by_text("against").wait_for()
