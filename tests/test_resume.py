@@ -352,7 +352,7 @@ def test_data_is_prepared_once(start_two, tmp_path):
 # --- stopped
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_stopped(start, start_two, runs, runs_of_two, held, processes, number, status):
     "Ctrl-C and SIGTERM finish the step, write a checkpoint and say how to go on."
