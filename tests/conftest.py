@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     "--data.articles 60 --data.vocab_size 300 --model.seq_len 32 --model.embed_dim 16"
     " --model.num_layers 1 --train.max_steps 6 --train.eval_every 3 --sample.max_new_tokens 5"
+    " --train.optimizer adamw --train.learning_rate 0.01 --train.seed 0"
 ).split()  # seconds, not minutes
 SWITCHES = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -68,7 +69,8 @@ def pytest_unconfigure(config):
 
 def pytest_collection_modifyitems(config, items):
     "Leave out what was not asked for, and begin with the notebooks."
-    items.sort(key=lambda item: item.path.stem != "test_notebooks")
+    longest_first = dict(test_tiny=0, test_notebooks=1)
+    items.sort(key=lambda item: longest_first.get(item.path.stem, 2))
     for item in items:
         for mark, reason in LEFT_OUT.items():
             if mark in item.keywords and not config.getoption(mark):

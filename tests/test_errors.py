@@ -30,6 +30,10 @@ RUN = Path("some/run")
             NotADirectoryError(errno.ENOTDIR, "Not a directory", "some"),
             True,
         ),  # a file where a folder should be
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "some/run"),
+            True,
+        ),  # as in /proc
         (PermissionError(errno.EACCES, "Permission denied", "/etc/shadow"), False),
         (
             FileNotFoundError(errno.ENOENT, "No such file or directory", "some/run/rows.arrow"),

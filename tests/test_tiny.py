@@ -121,9 +121,9 @@ def test_a_training_that_misses_the_bar_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_it_writes_right_after_installation(tmp_path):
-    "In an empty folder, with nothing prepared; what it writes is the beginning of an article whose facts agree."
+    "In an empty folder, with nothing prepared; an article for a name has facts that agree."
     done = subprocess.run(
-        [COMMAND, "generate", "tiny", " =", "--temperature", "0"],
+        [COMMAND, "generate", "tiny", " = Ingrid", "--temperature", "0"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -153,9 +153,10 @@ def is_write_error(
 ) -> bool:
     "Whether `error` says that `folder` can't be written, and not that something was missing, broken or far away."
     if error.errno in FULL_OR_READ_ONLY: return True
-    if error.errno not in NOT_ALLOWED or not isinstance(error.filename, str | bytes | os.PathLike): return False
+    if not isinstance(error.filename, str | bytes | os.PathLike): return False
     refused, folder = Path(os.fsdecode(error.filename)).absolute(), folder.absolute()
-    return refused.is_relative_to(folder) or folder.is_relative_to(refused)
+    if error.errno == errno.ENOENT: return folder.is_relative_to(refused)  # it can't be made; a file missing below it is something else
+    return error.errno in NOT_ALLOWED and (refused.is_relative_to(folder) or folder.is_relative_to(refused))
 
 # %% ../nbs/00_data.ipynb #f3487a68
 def discard(
