@@ -21,7 +21,9 @@ NOTEBOOKS = sorted(
 )
 DIGEST = re.compile(r"(?<![0-9a-f.])[0-9a-f]{16}(?![0-9a-f])")  # of weights or settings
 NUMBER = re.compile(r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
-RELATIVE = 1e-5  # float32 keeps 24 bits (6e-8), and sums of some thousand numbers lose two digits
+# float32 keeps 24 bits (6e-8); sums of some thousand numbers lose two digits, and a perplexity per
+# word is the exponential of such a sum
+RELATIVE = 5e-5
 
 
 def text_of(cell: dict) -> str:
