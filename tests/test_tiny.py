@@ -24,6 +24,7 @@ from tinytransformer.train import (
     read_config,
     read_json,
     read_rows,
+    same_text,
 )
 
 COMMAND = str(Path(sys.executable).with_name("tinytransformer"))
@@ -161,3 +162,12 @@ def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch, workspace):
         load_run(TRAINED["tiny"]).model.head.weight,
         load_run(str(TRAINED["tiny"])).model.head.weight,
     )
+
+
+def test_a_text_is_known_by_its_tokens():
+    "Files may differ, as other versions write them; older checkpoints say only which files they were."
+    here = dict(data="files", tokens="digest")
+    assert same_text(dict(data="other files", tokens="digest"), here)
+    assert same_text(dict(data="files"), here)
+    assert not same_text(dict(data="other files"), here)
+    assert not same_text(dict(data="other files", tokens="other"), here)
