@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from tinytransformer.cli import main
 from tinytransformer.data import DataConfig, prepare
 from tinytransformer.model import ModelConfig
@@ -158,10 +157,6 @@ def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch, workspace):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(workspace / "runs/small")
     assert load_run("tiny").model.cfg.embed_dim == 16
-    torch.testing.assert_close(
-        load_run(TRAINED["tiny"]).model.head.weight,
-        load_run(str(TRAINED["tiny"])).model.head.weight,
-    )
 
 
 def test_a_text_is_known_by_its_tokens():
