@@ -1,9 +1,13 @@
 """Programs that measure: python -m benchmarks, and python -m benchmarks.NAME."""
+
 from collections.abc import Callable
 
 
 def run(main: Callable[[], None]) -> None:
     "Call a program; what its user can mend is told in one line."
     from tinytransformer.data import InputError  # not every contestant has it
-    try: main()
-    except InputError as error: raise SystemExit(str(error))
+
+    try:
+        main()
+    except InputError as error:
+        raise SystemExit(str(error))

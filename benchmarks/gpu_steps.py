@@ -33,13 +33,7 @@ import transformers
 from benchmarks.wikitext2 import word_perplexity
 from tinytransformer.data import Corpus, DataConfig, InputError, load_corpus, processed_dir
 from tinytransformer.embeddings import drop
-from tinytransformer.generate import (
-    SampleConfig,
-    complete,
-    empty_cache,
-    extend,
-    generate,
-)
+from tinytransformer.generate import SampleConfig, complete, empty_cache, extend, generate
 from tinytransformer.model import (
     ModelConfig,
     Transformer,

@@ -1,12 +1,17 @@
-"""Does the recipe `tiny` always work? Each training is a run of the command, in a process of its own.
+"""Does the recipe `tiny` always work? Each training is a run of the command, in a process of its
+own.
 
-python -m benchmarks.tiny          twenty trainings: ten seeds, one thread and two, three sets of processor instructions
+python -m benchmarks.tiny          twenty trainings: ten seeds, one thread and two, three sets of
+processor instructions
 python -m benchmarks.tiny --quick  five of them
-python -m benchmarks.tiny --variants   the recipe without one of its three peculiarities each, for the same seeds
+python -m benchmarks.tiny --variants   the recipe without one of its three peculiarities each, for
+the same seeds
 python -m benchmarks.tiny ship     train once on one thread, and put the run into the package
 
-Every training is written to benchmarks/results/tiny.json as soon as it ends, and one that stands there already is not
-repeated, so that a table that was stopped goes on where it was. Exit status 1 means that a training missed the bar.
+Every training is written to benchmarks/results/tiny.json as soon as it ends, and one that stands
+there already is not
+repeated, so that a table that was stopped goes on where it was. Exit status 1 means that a training
+missed the bar.
 """
 
 import argparse
@@ -22,6 +27,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+
 from benchmarks import run
 from tinytransformer.data import digest, write_whole
 from tinytransformer.train import (
@@ -58,7 +64,9 @@ VARIANTS = {
 def train(
     folder: Path, seed: int, threads: int, capability: str | None, options: list[str]
 ) -> dict:
-    "Run the command in `folder`; what its summary says, and the seconds that it took with everything."
+    """Run the command in `folder`; what its summary says, and the seconds that it took with
+    everything.
+    """
     variables = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
     variables |= dict(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1")
     if capability:
@@ -89,21 +97,26 @@ def measure(training: dict, variant: str, options: list[str]) -> dict:
 def report(row: dict) -> str:
     "One line about a training."
     return (
-        f"{row['variant'] or 'the recipe':28}  seed {row['seed']}  {row['threads']} threads  {row['capability'] or 'native':7}  "
-        f"blocks {row['val_loss']:.3f}  sliding {row['sliding_loss']:.3f}  floor {row['floor']:.3f}  "
-        f"facts {row['fact_recall']:.1%}  {row['seconds']:.0f} s{'' if row['near_floor'] else '  missed the bar'}"
+        f"{row['variant'] or 'the recipe':28}  seed {row['seed']}  {row['threads']} threads "
+        f" {row['capability'] or 'native':7}  blocks {row['val_loss']:.3f}  sliding"
+        f" {row['sliding_loss']:.3f}  floor {row['floor']:.3f}  facts {row['fact_recall']:.1%} "
+        f" {row['seconds']:.0f} s{'' if row['near_floor'] else '  missed the bar'}"
     )
 
 
 def digest_of_recipe() -> str:
-    "A digest of all settings but the seed, so that rows of another recipe are not taken for rows of this one."
+    """A digest of all settings but the seed, so that rows of another recipe are not taken for rows
+    of this one.
+    """
     sections = read_config(config_file("tiny"))
     del sections["train"]["seed"]
     return digest(json.dumps(sections, sort_keys=True))
 
 
 def measure_all(trainings: list[dict], variants: dict[str, list[str]]) -> list[dict]:
-    "Those trainings that are not in the results yet, as many at once as the cores allow; all their rows."
+    """Those trainings that are not in the results yet, as many at once as the cores allow; all
+    their rows.
+    """
     recipe = digest_of_recipe()
     kept = read_json(RESULTS)
     rows = kept["rows"] if kept.get("recipe") == recipe else []

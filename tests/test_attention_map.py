@@ -95,7 +95,8 @@ def state(page: Page, n: int = 0) -> dict:
 
 def call(page: Page, expression: str):
     return page.evaluate(
-        f"(() => {{ const map = document.querySelector('.attention-map').attentionMap; return {expression} }})()"
+        "(() => { const map = document.querySelector('.attention-map').attentionMap; return"
+        f" {expression} }})()"
     )
 
 
@@ -118,7 +119,8 @@ def test_values_are_those_of_numpy(show, weights, bits, tolerance):
     got = np.array(
         call(
             page,
-            f"[0,1].map(l => [-1,0,1,2].map(h => Array.from({{length: {T}}}, (_, q) => Array.from({{length: {T}}}, (_, k) => map.weight(l, h, q, k)))))",
+            f"[0,1].map(l => [-1,0,1,2].map(h => Array.from({{length: {T}}}, (_, q) =>"
+            f" Array.from({{length: {T}}}, (_, k) => map.weight(l, h, q, k)))))",
         )
     )
     kept = decode(encode(weights, bits), bits)
@@ -161,9 +163,8 @@ def test_pointing_and_pinning(show, weights):
     ) and f"{weights[0, 0, 6, 2]:.4g}" in readout(page)
     page.mouse.click(*cell(page, 6, 2))
     page.mouse.move(*cell(page, 8, 1))
-    assert (
-        state(page)["pinned"] and state(page)["token"] == 6
-    )  # pinned: pointing elsewhere changes nothing
+    # pinned: pointing elsewhere changes nothing
+    assert state(page)["pinned"] and state(page)["token"] == 6
     page.locator(ROLE % "option").nth(3).hover()
     assert state(page)["token"] == 6
     page.mouse.click(*cell(page, 6, 2))  # the same square again lets go
@@ -200,13 +201,14 @@ def test_heat_map_shows_the_weights(show):
     one[0, 0, 7] = np.eye(10)[2]
     page = show(attention_map(one, WORDS))
     call(page, "map.choose({token: 0, key: null})")
-    ink = page.locator(
-        "canvas.heat"
-    ).evaluate("""canvas => { const T = 10, ratio = devicePixelRatio, width = canvas.clientWidth, margin = Math.min(90, width / 4), size = (width - margin) / T, c = canvas.getContext("2d");
-        return Array.from({length: T}, (_, q) => Array.from({length: T}, (_, k) => c.getImageData((margin + (k + .5) * size) * ratio, (margin + (q + .5) * size) * ratio, 1, 1).data[3])) }""")
+    ink = page.locator("canvas.heat").evaluate(
+        """canvas => { const T = 10, ratio = devicePixelRatio, width = canvas.clientWidth, margin = Math.min(90, width / 4), size = (width - margin) / T, c = canvas.getContext("2d");
+        return Array.from({length: T}, (_, q) => Array.from({length: T}, (_, k) => c.getImageData((margin + (k + .5) * size) * ratio, (margin + (q + .5) * size) * ratio, 1, 1).data[3])) }"""
+    )
     assert np.array_equal(np.array(ink) > 128, one[0, 0] == 1)
     thumbnail = page.locator(".heads canvas").first.evaluate(
-        "canvas => Array.from(canvas.getContext('2d').getImageData(0, 0, 10, 10).data).filter((_, i) => i % 4 === 3)"
+        "canvas => Array.from(canvas.getContext('2d').getImageData(0, 0, 10, 10).data).filter((_,"
+        " i) => i % 4 === 3)"
     )
     assert np.array_equal(np.array(thumbnail).reshape(10, 10) == 255, one[0, 0] == 1)
 
@@ -217,7 +219,8 @@ def test_everything_by_keyboard(show, weights):
     for _ in range(14):
         page.keyboard.press("Tab")
         focused = page.evaluate(
-            "(() => { const e = document.activeElement.shadowRoot?.activeElement; return e && [e.getAttribute('role') || e.tagName, getComputedStyle(e).outlineStyle] })()"
+            "(() => { const e = document.activeElement.shadowRoot?.activeElement; return e &&"
+            " [e.getAttribute('role') || e.tagName, getComputedStyle(e).outlineStyle] })()"
         )
         if focused:
             visited.append(tuple(focused))
@@ -376,7 +379,10 @@ def test_several_on_a_page(show, weights):
         attention_map(weights[:, :2], WORDS, title="two"),
     )
     page = show(
-        html=f"<!doctype html><meta charset=utf-8>{one._repr_html_()}{two._repr_html_()}{one._repr_html_()}"
+        html=(
+            "<!doctype html><meta"
+            f" charset=utf-8>{one._repr_html_()}{two._repr_html_()}{one._repr_html_()}"
+        )
     )
     assert page.locator(".map strong").all_inner_texts() == ["one", "two", "one"]
     page.locator(ROLE % "radio").nth(5).click()
@@ -397,12 +403,13 @@ def test_side_by_side(show, weights):
     assert [(state(page, n)["layer"], state(page, n)["head"]) for n in (0, 1)] == [(1, 1), (1, 1)]
     page.locator(ROLE % "radio").nth(6).click()
     assert [(state(page, n)["layer"], state(page, n)["head"]) for n in (0, 1)] == [(0, 0), (0, 0)]
+    # the same text: tokens, too
     page = show(
         side_by_side(
             attention_map(weights, WORDS),
             attention_map(random_weights(2, 3, len(WORDS), seed=1), WORDS),
         )
-    )  # the same text: tokens, too
+    )
     page.locator(ROLE % "option").nth(13).click()
     assert state(page, 0) == state(page, 1) and state(page)["token"] == 3 and state(page)["pinned"]
 
@@ -419,9 +426,8 @@ def test_light_and_dark(show, weights):
         html=f"<!doctype html><meta charset=utf-8><body class='quarto-light'>{a_map._repr_html_()}"
     )
     assert page.locator(".attention-map").get_attribute("data-theme") == "light"
-    page.evaluate(
-        "document.body.className = 'quarto-dark'"
-    )  # Quarto's switch, while the page is open
+    # Quarto's switch, while the page is open
+    page.evaluate("document.body.className = 'quarto-dark'")
     page.locator(".attention-map[data-theme=dark]").wait_for()
 
 

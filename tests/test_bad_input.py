@@ -98,9 +98,8 @@ def test_text_too_short_or_small(here):
         *TRAIN, "--folder", "runs/rich", "--data.vocab_size", "50000"
     )
     assert "leave it out" in refusal(*TRAIN, "--folder", "runs/other", "--model.vocab_size", "301")
-    assert not any(
-        (here / "runs" / name).exists() for name in ("short", "big", "rich", "other")
-    )  # nothing half-made
+    # nothing half-made
+    assert not any((here / "runs" / name).exists() for name in ("short", "big", "rich", "other"))
     main([*TRAIN, "--folder", "runs/short"])  # the same command with its cause gone
 
 
@@ -119,11 +118,13 @@ def test_diverged(here):
     ]
     said = refusal(*wild, "--folder", "runs/diverged")
     assert re.search(
-        r"training diverged at step \d: loss .*, gradient norm .*, first seen in (the (weight|output|gradient) \S|the loss)",
+        r"training diverged at step \d: loss .*, gradient norm .*, first seen in (the"
+        r" (weight|output|gradient) \S|the loss)",
         said,
     )
     assert re.search(
-        r"last good checkpoint is that of step \d: to go on from it, add --train.skip_non_finite true to `tinytransformer train --resume runs/diverged`",
+        r"last good checkpoint is that of step \d: to go on from it, add --train.skip_non_finite"
+        r" true to `tinytransformer train --resume runs/diverged`",
         said,
     )
     assert "diverged" in refusal("train", "--resume", "runs/diverged")  # and again, from there
@@ -148,8 +149,8 @@ def test_too_large_for_the_memory(here):
 def test_run_folder_is_never_overwritten(here):
     before = (here / "runs/small/last/model.safetensors").read_bytes()
     assert (
-        "runs/small holds a run already: go on with it by `tinytransformer train --resume runs/small`"
-        in refusal(*TRAIN, "--folder", "runs/small")
+        "runs/small holds a run already: go on with it by `tinytransformer train --resume"
+        " runs/small`" in refusal(*TRAIN, "--folder", "runs/small")
     )
     assert (here / "runs/small/last/model.safetensors").read_bytes() == before
 

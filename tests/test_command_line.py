@@ -104,10 +104,8 @@ def test_installed_command_trains(tmp_path):
         and said["config"] == config
         and {"data", "versions", "commit", "metrics", "progress"} <= set(said)
     )
-    assert [line.split()[1] for line in done.stderr.splitlines()] == [
-        "3/6",
-        "6/6",
-    ]  # a line for each look, where there is no terminal
+    # a line for each look, where there is no terminal
+    assert [line.split()[1] for line in done.stderr.splitlines()] == ["3/6", "6/6"]
 
 
 def test_bar_in_a_terminal(here):
@@ -134,7 +132,10 @@ def test_bar_in_a_terminal(here):
         while chunk := read_or_nothing(ours):
             shown += chunk
     assert process.returncode == 0
-    bar = r"training: 100%.*60/60 \[\d\d:\d\d<\d\d:\d\d, .*step/s, loss=\d.*, val_loss=\d.*, tokens=.*/s\]"
+    bar = (
+        r"training: 100%.*60/60 \[\d\d:\d\d<\d\d:\d\d, .*step/s, loss=\d.*, val_loss=\d.*,"
+        r" tokens=.*/s\]"
+    )
     assert re.search(bar, shown.decode().replace("\r", "\n")), shown.decode()
 
 
@@ -339,16 +340,19 @@ def test_compare(here, capsys):
             "0",
         ]
     )
-    assert capsys.readouterr().out.rstrip("\n") in "\n--- ".join(
-        texts
-    )  # greedy writes what generate writes
+    # greedy writes what generate writes
+    assert capsys.readouterr().out.rstrip("\n") in "\n--- ".join(texts)
 
 
 def test_loads_only_what_it_needs(here):
     """A command that does not train waits neither for PyTorch's compiler nor for its code for
     spread weights, nor for what draws.
     """
-    script = "import sys; from tinytransformer.cli import main; main(sys.argv[1:]); print({'torch._dynamo', 'torch.distributed.checkpoint', 'matplotlib', 'datasets'} & sys.modules.keys())"
+    script = (
+        "import sys; from tinytransformer.cli import main; main(sys.argv[1:]);"
+        " print({'torch._dynamo', 'torch.distributed.checkpoint', 'matplotlib', 'datasets'} &"
+        " sys.modules.keys())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script, "generate", "runs/small", "The", "--max_new_tokens", "3"],
         capture_output=True,

@@ -18,6 +18,7 @@ from tinytransformer.cli import parse
 
 BIN = Path(sys.executable).parent
 COMPOSE = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
+# of the Compose specification, what is used here
 KNOWN = {
     "image",
     "build",
@@ -30,7 +31,7 @@ KNOWN = {
     "depends_on",
     "profiles",
     "stop_grace_period",
-}  # of the Compose specification, what is used here
+}
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:

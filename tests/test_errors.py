@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+
 from tinytransformer import cli
 from tinytransformer.data import Blocks, encode_rows, is_write_error, load_corpus
 from tinytransformer.generate import draw_token, readable
 from tinytransformer.train import Trackers, read_rows, train_run
-from tokenizers.processors import TemplateProcessing
 
 COMMAND = str(Path(sys.executable).with_name("tinytransformer"))
 RUN = Path("some/run")
@@ -55,7 +56,8 @@ def test_what_a_failed_write_is(error, is_it):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
         (
             RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"
+                "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate"
+                " memory"
             ),
             True,
         ),

@@ -206,7 +206,11 @@ def test_a_name_on_the_hub(tmp_path):
     theirs = twin(SHAPES[0])
     theirs.save_pretrained(tmp_path / "model")
     (tmp_path / "model/pytorch_model.bin").write_bytes(b"could run any code")
-    code = "import sys; from tinytransformer.model import Transformer; print(sum(p.double().sum().item() for p in Transformer.from_hf('someone/twin').parameters()))"
+    code = (
+        "import sys; from tinytransformer.model import Transformer;"
+        " print(sum(p.double().sum().item() for p in"
+        " Transformer.from_hf('someone/twin').parameters()))"
+    )
     with ThreadingHTTPServer(("127.0.0.1", 0), OneModel) as server:
         server.folder, server.asked = tmp_path / "model", []
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -298,7 +302,10 @@ def test_export_refuses(here, exported, capsys):
     assert sorted(exported.iterdir()) == before and not Path("new").exists()
 
 
-GENTLY = "--train.learning_rate 1e-6 --train.min_learning_rate 1e-7 --train.warmup_steps 1 --train.max_steps 4 --train.eval_every 2".split()
+GENTLY = (
+    "--train.learning_rate 1e-6 --train.min_learning_rate 1e-7 --train.warmup_steps 1"
+    " --train.max_steps 4 --train.eval_every 2".split()
+)
 
 
 def step_losses(run: str) -> list[float]:
@@ -311,6 +318,7 @@ def test_training_begins_from_it(here, exported):
     """
     source = here / "source"
     shutil.copytree(exported, source)
+    # other text, and no shape
     args = [
         "train",
         "--config",
@@ -326,7 +334,7 @@ def test_training_begins_from_it(here, exported):
         str(source),
         "--model.seq_len",
         "16",
-    ]  # other text, and no shape
+    ]
     main([*args, "--folder", "runs/tuned"])
     tuned, fresh = load_run("runs/tuned"), load_run("runs/small")
     assert tuned.model.cfg.seq_len == 16 and tuned.model.cfg.embed_dim == fresh.model.cfg.embed_dim

@@ -155,9 +155,8 @@ def f():
     assert "tinytransformer.data" in imported_names(
         "from ..data import Blocks", "tinytransformer.serve"
     )
-    assert (
-        "data" in our_imports()["model"] and "hf" in our_imports()["cli"]
-    )  # the second one inside a function
+    # the second one inside a function
+    assert "data" in our_imports()["model"] and "hf" in our_imports()["cli"]
 
 
 def test_imports_go_one_way():

@@ -75,7 +75,8 @@ def test_no_hub_afterwards(prepared):
     process = subprocess.Popen(
         [
             COMMAND,
-            *"train --config wikitext2 --folder runs/apart --train.batch_size 4 --model.seq_len 32 --model.embed_dim 16 --model.num_layers 1 --model.num_heads 2".split(),
+            *"train --config wikitext2 --folder runs/apart --train.batch_size 4 --model.seq_len 32"
+            " --model.embed_dim 16 --model.num_layers 1 --model.num_heads 2".split(),
         ],
         cwd=folder,
         env=env,
@@ -107,8 +108,9 @@ def test_recipes(prepared, recipe):
     assert done.returncode == 0, done.stderr
     done = run(
         folder,
-        f"train --config {recipe} --folder runs/{recipe} --train.max_steps 2 --train.warmup_steps 1 --train.batch_size 4 --train.eval_every 100 --train.compile false --model.seq_len 64 --model.embed_dim 16 --model.num_layers 1"
-        " --model.num_heads 2 --sample.max_new_tokens 5",
+        f"train --config {recipe} --folder runs/{recipe} --train.max_steps 2 --train.warmup_steps 1"
+        " --train.batch_size 4 --train.eval_every 100 --train.compile false --model.seq_len 64"
+        " --model.embed_dim 16 --model.num_layers 1 --model.num_heads 2 --sample.max_new_tokens 5",
         NOWHERE,
     )
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import run_all
 from playwright.sync_api import Page
+
 from tinytransformer.attention_map import attention_map
 
 OPEN = """async path => {

@@ -432,9 +432,8 @@ def test_resume_for_longer(half):
     assert "complete after 70 steps, nothing is left to do" in refusal(
         "train", "--resume", "runs/half"
     )
-    assert (
-        len(json.loads((half / "environment.json").read_text())) == 2
-    )  # both starts are on record
+    # both starts are on record
+    assert len(json.loads((half / "environment.json").read_text())) == 2
 
 
 def test_damaged_last_falls_back(half, runs, capsys):

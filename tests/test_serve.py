@@ -36,7 +36,6 @@ from tinytransformer.generate import Batch, SampleConfig, begin, complete, strea
 from tinytransformer.serve import ServeConfig, make_app
 from tinytransformer.train import load_run
 
-
 # a machine that has other work takes its time to answer
 post, get = partial(httpx.post, timeout=120), partial(httpx.get, timeout=120)
 
@@ -114,13 +113,14 @@ SETTINGS = [
     dict(presence_penalty=1.5, frequency_penalty=0.5),
     dict(logit_bias={40: 3.0, 50: -100.0}),
 ]
+# what OpenAI does not have
 MORE = [
     dict(top_k=5),
     dict(top_k=10**9),
     dict(min_p=0.2),
     dict(typical_p=0.7),
     dict(repetition_penalty=1.3),
-]  # what OpenAI does not have
+]
 
 
 @pytest.mark.parametrize("sample", [*SETTINGS, *MORE], ids=str)
@@ -296,11 +296,12 @@ def test_logprobs(client, run, prompt):
             == pytest.approx(logprobs[t].topk(3).values.tolist(), abs=1e-4)
             and 3 <= len(top) <= 4
         )
+    # bytes are no text, and the next token may complete them
     whole = [
         (token, at)
         for before, token, at in zip(["", *told.tokens], told.tokens, told.text_offset)
         if not before.startswith("\\x") and not token.startswith("\\x")
-    ]  # bytes are no text, and the next token may complete them
+    ]
     assert len(whole) > 4 and all(got.text[at : at + len(token)] == token for token, at in whole)
     short = (
         client.completions.create(
@@ -528,6 +529,7 @@ def test_other_refusals(local):
     assert error(local.get("/v1/completions"), 405).headers["allow"] == "POST"
     large = b'{"model": "small", "prompt": "' + b"x" * 300_000 + b'"}'
     error(local.post("/v1/completions", content=large), 413)
+    # its length is not told beforehand
     error(
         local.post(
             "/v1/completions",
@@ -535,7 +537,7 @@ def test_other_refusals(local):
             headers={"Content-Type": "application/json"},
         ),
         413,
-    )  # its length is not told beforehand
+    )
     error(local.post("/attention", json=dict(prompt="x")), 400)
     error(local.post("/attention", json=dict(prompt="x " * CONTEXT)), 400)
     assert all(
@@ -601,9 +603,8 @@ def test_refused_at_the_start(served_run, tmp_path):
         served_run, "--rows", "0"
     )
     assert "port is 'many': give int" in refused(served_run, "--port", "many")
-    assert "unrecognized arguments: --key" in refused(
-        served_run, "--key", "s3cret"
-    )  # it would be seen in the list of processes
+    # it would be seen in the list of processes
+    assert "unrecognized arguments: --key" in refused(served_run, "--key", "s3cret")
     (tmp_path / "serve.yaml").write_text("serve: {prot: 80}")
     assert "serve.prot is no setting" in refused(served_run, "--config", tmp_path / "serve.yaml")
 
@@ -634,7 +635,10 @@ def test_interrupted(serve, served_run):
 
 def test_without_the_extra(served_run, capsys):
     "Other commands work, and serve says what to install."
-    code = "import sys; sys.modules['fastapi'] = None; from tinytransformer.cli import main; main(sys.argv[1:])"
+    code = (
+        "import sys; sys.modules['fastapi'] = None; from tinytransformer.cli import main;"
+        " main(sys.argv[1:])"
+    )
 
     def say(*args):
         return subprocess.run(
@@ -1003,18 +1007,18 @@ def test_as_described(described, name, mode, examples):
         suppress_health_check=list(HealthCheck),
     )
     def ask(case):
+        # that a text fits into the context no document can say
         tried.append(
             case.call_and_validate(
                 timeout=60, excluded_checks=CHECKS.get_by_names(["positive_data_acceptance"])
             ).status_code
-        )  # that a text fits into the context no document can say
+        )
 
     try:
         ask()
     except Unsatisfiable:
-        assert mode == GenerationMode.NEGATIVE and name.startswith(
-            "GET"
-        )  # where nothing is asked for, nothing can be wrong
+        # where nothing is asked for, nothing can be wrong
+        assert mode == GenerationMode.NEGATIVE and name.startswith("GET")
     if name == "POST /v1/completions":
         assert len(tried) >= 0.8 * examples and (
             mode == GenerationMode.POSITIVE or set(tried) == {400}

@@ -23,12 +23,13 @@ PAGES = sorted(
     path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts
 )
 NAMES = [str(path.relative_to(ROOT / "nbs")) for path in PAGES]
+# of _quarto.yml, as Quarto's reference has them
 KNOWN = {
     "project": {"type"},
     "format": {"html", "ipynb"},
     "website": {"page-navigation", "search", "sidebar"},
     "metadata-files": None,
-}  # of _quarto.yml, as Quarto's reference has them
+}
 KNOWN_HTML = {"theme", "toc", "code-fold", "code-copy", "html-math-method", "format-links", "grid"}
 
 
@@ -113,7 +114,8 @@ def debris(output: dict) -> list[str]:
     wrong = [
         found[0]
         for found in re.finditer(
-            r"(?<![\w.])/(?:home|work|tmp|root|Users)/\S*|\w*Warning:.*|Traceback \(most.*|\d+%\|.*|\d(?:it|step|row)/s|\r(?!\n)",
+            r"(?<![\w.])/(?:home|work|tmp|root|Users)/\S*|\w*Warning:.*|Traceback"
+            r" \(most.*|\d+%\|.*|\d(?:it|step|row)/s|\r(?!\n)",
             text,
         )
     ]
@@ -166,7 +168,8 @@ def test_page(page):
     ] == []
     first = source(all_cells[0])
     assert re.fullmatch(r"# [^\n]+\n\n> [^\n]+", first), (
-        "a page begins with a cell of its title and a line of description; nbdev makes front matter of it, and would lose what else stands there"
+        "a page begins with a cell of its title and a line of description; nbdev makes front matter"
+        " of it, and would lose what else stands there"
     )
 
 
@@ -196,7 +199,8 @@ def test_formulas(page, tmp_path):
 def test_the_checks_can_fail(tmp_path):
     page = ROOT / "nbs" / "index.ipynb"
     assert broken_links(
-        "[a](nowhere.ipynb) [b](00_data.ipynb#no-such-heading) `[c](code)` [d](00_data.ipynb) [e](../setup.py)",
+        "[a](nowhere.ipynb) [b](00_data.ipynb#no-such-heading) `[c](code)` [d](00_data.ipynb)"
+        " [e](../setup.py)",
         page,
     ) == ["nowhere.ipynb", "00_data.ipynb#no-such-heading", "../setup.py"]
     assert (
@@ -232,7 +236,8 @@ def test_the_checks_can_fail(tmp_path):
         [solution | dict(source=["#| output: false\n", *solution["source"]])]
     )
     (tmp_path / "page.html").write_text(
-        '<a href="gone.html">a</a> <img alt="b" src="page.html?c#d"> <a class="e" href="https://example.org/f">g</a>'
+        '<a href="gone.html">a</a> <img alt="b" src="page.html?c#d"> <a class="e"'
+        ' href="https://example.org/f">g</a>'
     )
     assert dead_links(tmp_path) == ["page.html: gone.html"]
     (tmp_path / "page.md").write_text("$\\frac{1$")
@@ -271,9 +276,10 @@ def test_sidebar_lists_every_page():
         and (ROOT / "nbs" / "changelog.md").exists()
         and listed[0] == "index.ipynb"
     )
+    # chapters in order
     assert [f for f in listed if re.match(r"\d\d_", f)] == sorted(
         f for f in NAMES if re.match(r"\d\d_", f)
-    )  # chapters in order
+    )
 
 
 def test_quarto_knows_the_keys():
@@ -283,13 +289,13 @@ def test_quarto_knows_the_keys():
         for key, allowed in KNOWN.items()
         if key in config
     )
+    # formulas without a network
     assert (
         config["format"]["html"].keys() <= KNOWN_HTML
         and config["format"]["html"]["html-math-method"] == "mathml"
-    )  # formulas without a network
-    assert (
-        config["format"]["html"]["format-links"] == ["ipynb"] and "ipynb" in config["format"]
-    )  # each notebook can be downloaded from its page
+    )
+    # each notebook can be downloaded from its page
+    assert config["format"]["html"]["format-links"] == ["ipynb"] and "ipynb" in config["format"]
 
 
 def html_name(name: str) -> str:
@@ -325,7 +331,8 @@ def test_nbdev_processes_every_page(project):
     """What Quarto is given: every notebook, its reference filled in, its title as front matter and
     its opening still there.
     """
-    process = "from nbdev.serve import proc_nbs; proc_nbs()"  # what nbdev_proc_nbs does, which without Quarto would begin with sudo and pip
+    # what nbdev_proc_nbs does, which without Quarto would begin with sudo and pip
+    process = "from nbdev.serve import proc_nbs; proc_nbs()"
     done = subprocess.run(
         [sys.executable, "-c", process],
         cwd=project,
@@ -373,12 +380,13 @@ def test_site_renders(project, launch, tmp_path):
     with serving(project / "_docs") as address:
         for name in [*map(html_name, NAMES), "changelog.html"]:
             page = context.new_page()
+            # Quarto's own line for widgets says so where there is no network
             page.on(
                 "pageerror",
                 lambda e: (
                     wrong.append((name, str(e))) if "define is not defined" not in str(e) else None
                 ),
-            )  # Quarto's own line for widgets says so where there is no network
+            )
             page.on("response", lambda r: wrong.append((name, r.url)) if r.status >= 400 else None)
             page.on(
                 "request",
@@ -405,7 +413,8 @@ def test_site_renders(project, launch, tmp_path):
                 ), name
                 if (
                     over := page.evaluate(
-                        "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+                        "document.documentElement.scrollWidth -"
+                        " document.documentElement.clientWidth"
                     )
                 ) > 0:
                     wrong.append((name, f"{over} pixels too wide on a screen of {width}"))

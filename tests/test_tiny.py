@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tinytransformer.cli import main
 from tinytransformer.data import DataConfig, prepare
 from tinytransformer.model import ModelConfig
@@ -70,7 +71,9 @@ def test_the_shipped_numbers_are_what_its_weights_give(run, summary, tmp_path):
 
 
 def test_the_recipe_makes_it(run, summary, tmp_path):
-    "The README's first command, on one thread: near the floor here as well, and step by step what was shipped, as long as rounding has not grown."
+    """The README's first command, on one thread: near the floor here as well, and step by step what
+    was shipped, as long as rounding has not grown.
+    """
     env = os.environ | dict(OMP_NUM_THREADS="1")
     done = subprocess.run(
         [COMMAND, "train", "--config", "tiny"],
@@ -160,7 +163,9 @@ def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch, workspace):
 
 
 def test_a_text_is_known_by_its_tokens():
-    "Files may differ, as other versions write them; older checkpoints say only which files they were."
+    """Files may differ, as other versions write them; older checkpoints say only which files they
+    were.
+    """
     here = dict(data="files", tokens="digest")
     assert same_text(dict(data="other files", tokens="digest"), here)
     assert same_text(dict(data="files"), here)

@@ -74,7 +74,10 @@ def test_it_trains_and_shows_a_map(installed, tmp_path):
     assert "validation loss" in run(
         installed, tmp_path, "-m", "tinytransformer", "train", "--config", "tiny", *SMALL
     )
-    page = "from tinytransformer.attention_map import attention_map; import numpy as np; attention_map(np.eye(3)[None, None], list('abc')).save('map.html')"
+    page = (
+        "from tinytransformer.attention_map import attention_map; import numpy as np;"
+        " attention_map(np.eye(3)[None, None], list('abc')).save('map.html')"
+    )
     run(installed, tmp_path, "-c", page)
     assert "attentionMap" in (tmp_path / "map.html").read_text()
     assert (
@@ -83,7 +86,8 @@ def test_it_trains_and_shows_a_map(installed, tmp_path):
             installed,
             tmp_path,
             "-c",
-            "from importlib.resources import files; print((files('tinytransformer')/'serve.html').read_text())",
+            "from importlib.resources import files;"
+            " print((files('tinytransformer')/'serve.html').read_text())",
         ).lower()
     )
 

@@ -10,25 +10,49 @@ import sys
 
 from . import __version__
 
-COMMANDS = {"prepare": "Fetch or write the text, tokenize it, and keep both under data/.",
-            "train": "Prepare, train, and keep everything about it in a run folder.",
-            "evaluate": "Loss, perplexity and bits per byte of a trained model over a whole split; also written to the run.",
-            "generate": "Continue a prompt. Settings left out are those of the run's configuration.",
-            "compare": "Continue a prompt with several strategies, side by side. What a strategy does not set is taken as for generate.",
-            "export": "Write a run as a folder that Hugging Face's transformers open as GPT-2, with a model card.",
-            "runs": "The runs in a folder side by side, as a table and as curves in one picture.",
-            "serve": "Answer over HTTP, by OpenAI's API for completions, until SIGTERM or Ctrl-C. Clients must show the key in TINYTRANSFORMER_KEY, if there is one."}
+COMMANDS = {
+    "prepare": "Fetch or write the text, tokenize it, and keep both under data/.",
+    "train": "Prepare, train, and keep everything about it in a run folder.",
+    "evaluate": (
+        "Loss, perplexity and bits per byte of a trained model over a whole split; also written to"
+        " the run."
+    ),
+    "generate": "Continue a prompt. Settings left out are those of the run's configuration.",
+    "compare": (
+        "Continue a prompt with several strategies, side by side. What a strategy does not set is"
+        " taken as for generate."
+    ),
+    "export": (
+        "Write a run as a folder that Hugging Face's transformers open as GPT-2, with a model card."
+    ),
+    "runs": "The runs in a folder side by side, as a table and as curves in one picture.",
+    "serve": (
+        "Answer over HTTP, by OpenAI's API for completions, until SIGTERM or Ctrl-C. Clients must"
+        " show the key in TINYTRANSFORMER_KEY, if there is one."
+    ),
+}
+
 
 def begin() -> None:
     "The command `tinytransformer`: what can be said at once is said at once."
     if sys.argv[1:] in (["--help"], ["-h"]):
-        print("usage: tinytransformer COMMAND ...\n\nA small Transformer language model, from the text to the server.\n")
-        for name, what in COMMANDS.items(): print(f"  {name:10} {what}")
-        print("\n`tinytransformer COMMAND --help` shows its options; with --traceback, an error also shows where it came from.")
-    elif sys.argv[1:] == ["--version"]: print(f"tinytransformer {__version__}")
+        print(
+            "usage: tinytransformer COMMAND ...\n\nA small Transformer language model, from the"
+            " text to the server.\n"
+        )
+        for name, what in COMMANDS.items():
+            print(f"  {name:10} {what}")
+        print(
+            "\n`tinytransformer COMMAND --help` shows its options; with --traceback, an error also"
+            " shows where it came from."
+        )
+    elif sys.argv[1:] == ["--version"]:
+        print(f"tinytransformer {__version__}")
     else:
         from tinytransformer.cli import main
+
         main()
 
 # %% ../nbs/appendix/entry.ipynb #a4ad55ee
-if __name__ == "__main__" and __spec__: begin()  # a notebook has that name too, but no spec
+if __name__ == "__main__" and __spec__:
+    begin()  # a notebook has that name too, but no spec

@@ -21,69 +21,103 @@ from .embeddings import drop
 
 # %% ../nbs/02_attention.ipynb #b14d452c
 def causal_mask(
-    T: int,
-    device: torch.device | None = None,
+    T: int, device: torch.device | None = None
 ) -> torch.Tensor:  # (T, T), True where a query (row) may look at a key (column)
     "Every token sees itself and what came before it, nothing later."
     return torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
 # %% ../nbs/02_attention.ipynb #64413966
 def attention_weights(
-    q: torch.Tensor,  # (..., T, D) queries
-    k: torch.Tensor,  # (..., T, D) keys
-) -> torch.Tensor:    # (..., T, T), each row sums to one
-    "softmax(q kᵀ / √D) over the keys that are not later than the query (Vaswani et al., 2017, eq. 1)."
+    q: torch.Tensor,
+    k: torch.Tensor,  # (..., T, D) queries  # (..., T, D) keys
+) -> torch.Tensor:  # (..., T, T), each row sums to one
+    """softmax(q kᵀ / √D) over the keys that are not later than the query (Vaswani et al., 2017, eq.
+    1).
+    """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     return scores.masked_fill(~causal_mask(q.shape[-2], q.device), float("-inf")).softmax(dim=-1)
 
 # %% ../nbs/02_attention.ipynb #a109e627
 class CPUAttention(torch.autograd.Function):
-    "PyTorch's fused causal attention on a CPU, with the small products inside it in plain float32 whatever `torch.set_float32_matmul_precision` says for the large ones outside."
+    """PyTorch's fused causal attention on a CPU, with the small products inside it in plain float32
+    whatever `torch.set_float32_matmul_precision` says for the large ones outside.
+    """
+
     @staticmethod
-    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:  # (B, H, T, D) each
-        with matmul_precision("highest"): heads, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    # (B, H, T, D) each
+    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with matmul_precision("highest"):
+            heads, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, True
+            )
         ctx.save_for_backward(q, k, v, heads, logsumexp)
         return heads
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        with matmul_precision("highest"): return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, *ctx.saved_tensors, 0.0, True)
+        with matmul_precision("highest"):
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, *ctx.saved_tensors, 0.0, True
+            )
+
 
 @contextmanager
 def matmul_precision(name: str) -> Iterator[None]:
-    "Take float32 products at this precision (see `torch.set_float32_matmul_precision`) while the block runs."
+    """Take float32 products at this precision (see `torch.set_float32_matmul_precision`) while the
+    block runs.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
-    try: yield
-    finally: torch.set_float32_matmul_precision(before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
 
 def fused_attention(
-    q: torch.Tensor,  # (B, H, T, D)
+    q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    dropout: float = 0.0,
-) -> torch.Tensor:    # (B, H, T, D)
-    "Causal attention by PyTorch's fused kernel. On a CPU it works in float32, because its backward pass is slow in bfloat16, and so are the products inside it where a library for large ones takes them."
-    if q.device.type != "cpu": return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    dropout: float = 0.0,  # (B, H, T, D)
+) -> torch.Tensor:  # (B, H, T, D)
+    """Causal attention by PyTorch's fused kernel. On a CPU it works in float32, because its
+    backward pass is slow in bfloat16, and so are the products inside it where a library for large
+    ones takes them.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     with torch.autocast("cpu", enabled=False):
         single = [t.float() if t.dtype == torch.bfloat16 else t for t in (q, k, v)]
-        if torch.get_float32_matmul_precision() == "highest" or torch.compiler.is_compiling(): heads = F.scaled_dot_product_attention(*single, dropout_p=dropout, is_causal=True)
-        else: heads = CPUAttention.apply(*single)
+        if torch.get_float32_matmul_precision() == "highest" or torch.compiler.is_compiling():
+            heads = F.scaled_dot_product_attention(*single, dropout_p=dropout, is_causal=True)
+        else:
+            heads = CPUAttention.apply(*single)
     return heads.to(q.dtype)
 
 # %% ../nbs/02_attention.ipynb #5219626d
 class MultiHeadAttention(nn.Module):
-    "Causal self-attention with `num_heads` heads side by side: (B, T, C) -> (B, T, C) (Vaswani et al., 2017, sec. 3.2.2)."
-    def __init__(self,
-        embed_dim: int,        # C
-        num_heads: int,        # H, divides C
+    """Causal self-attention with `num_heads` heads side by side: (B, T, C) -> (B, T, C) (Vaswani et
+    al., 2017, sec. 3.2.2).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,  # C
+        num_heads: int,  # H, divides C
         dropout: float = 0.0,  # share of attention weights zeroed while training
         rotary: bool = False,  # turn queries and keys by their places
     ):
         super().__init__()
-        check(num_heads > 0 and embed_dim % num_heads == 0, f"num_heads {num_heads} does not divide embed_dim {embed_dim}: choose a divisor")
-        check(not rotary or embed_dim // num_heads % 2 == 0, f"a head has {embed_dim // num_heads} numbers, but rotary positions turn pairs: choose another num_heads or embed_dim")
+        check(
+            num_heads > 0 and embed_dim % num_heads == 0,
+            f"num_heads {num_heads} does not divide embed_dim {embed_dim}: choose a divisor",
+        )
+        check(
+            not rotary or embed_dim // num_heads % 2 == 0,
+            f"a head has {embed_dim // num_heads} numbers, but rotary positions turn pairs: choose"
+            " another num_heads or embed_dim",
+        )
         self.num_heads, self.dropout, self.rotary = num_heads, dropout, rotary
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
@@ -93,37 +127,47 @@ class MultiHeadAttention(nn.Module):
         B, T, C = x.shape
         return x.view(B, T, self.num_heads, C // self.num_heads).transpose(1, 2)
 
-    def queries_keys_values(self,
-        x: torch.Tensor,                     # (B, T, C)
+    def queries_keys_values(
+        self,
+        x: torch.Tensor,  # (B, T, C)
         places: torch.Tensor | None = None,  # (B, T) where they stand; left out, from 0 on
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (B, H, T, C/H) each
         "What every head asks, can be found by, and hands over."
         q, k, v = (self.split_heads(part) for part in self.qkv(x).chunk(3, dim=-1))
-        if not self.rotary: return q, k, v
-        places = torch.arange(x.shape[1], device=x.device) if places is None else places[:, None]  # the same for all heads
+        if not self.rotary:
+            return q, k, v
+        # the same for all heads
+        places = torch.arange(x.shape[1], device=x.device) if places is None else places[:, None]
         return rotate(q, places), rotate(k, places), v
 
-    def forward(self,
-        x: torch.Tensor,               # (B, T, C)
-        return_weights: bool = False,  # also give the weights (B, H, T, T), before dropout, from the slower path
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, T, C)
+        # also give the weights (B, H, T, T), before dropout, from the slower path
+        return_weights: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         q, k, v = self.queries_keys_values(x)
         p = self.dropout if self.training else 0.0
-        if return_weights or (p > 0 and x.device.type == "cpu"):  # there the fused kernel is slow with dropout
+        # there the fused kernel is slow with dropout
+        if return_weights or (p > 0 and x.device.type == "cpu"):
             weights = attention_weights(q, k)
             heads = drop(weights, p) @ v
-        else: heads = fused_attention(q, k, v, p)
+        else:
+            heads = fused_attention(q, k, v, p)
         out = self.proj(heads.transpose(1, 2).flatten(2))  # (B, H, T, C/H) -> (B, T, C)
         return (out, weights) if return_weights else out
 
 # %% ../nbs/02_attention.ipynb #2bbd4d4d
 def rotate(
-    x: torch.Tensor,       # (..., T, D) queries or keys, D even
+    x: torch.Tensor,  # (..., T, D) queries or keys, D even
     places: torch.Tensor,  # (T,), or (..., T) with a 1 where all heads share them
-) -> torch.Tensor:         # (..., T, D)
-    "Turn the pairs (i, i + D/2) of each vector by an angle that grows with its place (Su et al., 2021, eq. 34)."
+) -> torch.Tensor:  # (..., T, D)
+    """Turn the pairs (i, i + D/2) of each vector by an angle that grows with its place (Su et al.,
+    2021, eq. 34).
+    """
     D = x.shape[-1]
-    angles = places[..., None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)  # (..., T, D/2)
+    # (..., T, D/2)
+    angles = places[..., None] * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

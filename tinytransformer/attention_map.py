@@ -9,7 +9,12 @@ __all__ = ['MOST', 'FLOOR', 'SCRIPT', 'as_weights', 'chosen', 'encode', 'decode'
            'ablation', 'AttentionExplorer', 'live_place']
 
 # %% ../nbs/appendix/attention_map.ipynb #465fc92f
-import base64, html, io, json, os, zlib
+import base64
+import html
+import io
+import json
+import os
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,62 +31,102 @@ from torch.nn import functional as F
 # %% ../nbs/appendix/attention_map.ipynb #c83c87c9
 MOST = 5_000_000  # weights in one map; more than that makes a page slow
 
+
 def as_weights(
-    weights: Any,           # (layers, heads, T, T), also with a batch of one after the layers; a tensor, an array, or a list of one for each layer
+    # (layers, heads, T, T), also with a batch of one after the layers; a tensor, an array, or a
+    # list of one for each layer
+    weights: Any,
     tokens: Sequence[str],  # T texts
 ) -> np.ndarray:  # (layers, heads, T, T)
     "Causal attention weights as an array of 32 bits; `ValueError` says what they are instead."
-    arrays = [np.asarray(w.detach().float().cpu() if torch.is_tensor(w) else w, dtype=np.float32) for w in weights]
-    if len({a.shape for a in arrays}) != 1: raise ValueError(f"the layers have different shapes, {sorted({a.shape for a in arrays})}: give all of one run, and at least one layer")
+    arrays = [
+        np.asarray(w.detach().float().cpu() if torch.is_tensor(w) else w, dtype=np.float32)
+        for w in weights
+    ]
+    if len({a.shape for a in arrays}) != 1:
+        raise ValueError(
+            f"the layers have different shapes, {sorted({a.shape for a in arrays})}: give all of"
+            " one run, and at least one layer"
+        )
     array = np.stack(arrays)
-    if array.ndim == 5 and array.shape[1] == 1: array = array[:, 0]
-    if array.ndim != 4 or array.shape[2] != array.shape[3] or not array.size: raise ValueError(f"the weights have the shape {array.shape}: give (layers, heads, T, T), of one text")
+    if array.ndim == 5 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 4 or array.shape[2] != array.shape[3] or not array.size:
+        raise ValueError(
+            f"the weights have the shape {array.shape}: give (layers, heads, T, T), of one text"
+        )
     T = array.shape[-1]
-    if len(tokens) != T: raise ValueError(f"there are {len(tokens)} tokens, but the weights are for {T}: give the tokens that the model was given")
-    if not all(isinstance(token, str) for token in tokens): raise ValueError("the tokens must be texts: decode each id by itself")
-    if T < 2: raise ValueError("there is 1 token, which can only look at itself: give at least 2")
+    if len(tokens) != T:
+        raise ValueError(
+            f"there are {len(tokens)} tokens, but the weights are for {T}: give the tokens that the"
+            " model was given"
+        )
+    if not all(isinstance(token, str) for token in tokens):
+        raise ValueError("the tokens must be texts: decode each id by itself")
+    if T < 2:
+        raise ValueError("there is 1 token, which can only look at itself: give at least 2")
+
     def refuse(wrong, what):  # at the first place where it is
-        if wrong.any(): raise ValueError(what.format(*np.argwhere(wrong)[0]))
-    refuse(~np.isfinite(array), "layer {}, head {}: the weight of token {} for token {} is no finite number: see where the model lost it")
-    refuse(np.triu(array, 1) != 0, "layer {}, head {}: token {} looks at token {}, which comes later: give the weights of a causal model")
-    refuse(array < 0, "layer {}, head {}: the weight of token {} for token {} is negative: give weights after the softmax")
-    refuse(abs(array.sum(axis=-1, dtype=np.float64) - 1) > 0.01, "layer {}, head {}: the weights of token {} do not sum to one: give them as they come from the softmax, without dropout")
+        if wrong.any():
+            raise ValueError(what.format(*np.argwhere(wrong)[0]))
+
+    refuse(
+        ~np.isfinite(array),
+        "layer {}, head {}: the weight of token {} for token {} is no finite number: see where the"
+        " model lost it",
+    )
+    refuse(
+        np.triu(array, 1) != 0,
+        "layer {}, head {}: token {} looks at token {}, which comes later: give the weights of a"
+        " causal model",
+    )
+    refuse(
+        array < 0,
+        "layer {}, head {}: the weight of token {} for token {} is negative: give weights after the"
+        " softmax",
+    )
+    refuse(
+        abs(array.sum(axis=-1, dtype=np.float64) - 1) > 0.01,
+        "layer {}, head {}: the weights of token {} do not sum to one: give them as they come from"
+        " the softmax, without dropout",
+    )
     return array
+
 
 def chosen(
     numbers: Sequence[int] | None,  # what to show; left out, all
-    n: int,                         # how many there are
+    n: int,  # how many there are
     what: str,
 ) -> list[int]:
     "Which layers or heads to show; `ValueError` if there are no such."
     numbers = list(range(n)) if numbers is None else list(numbers)
-    if not numbers or not all(0 <= i < n for i in numbers): raise ValueError(f"{what}s {numbers} were asked for: choose from 0 to {n - 1}")
+    if not numbers or not all(0 <= i < n for i in numbers):
+        raise ValueError(f"{what}s {numbers} were asked for: choose from 0 to {n - 1}")
     return numbers
 
 # %% ../nbs/appendix/attention_map.ipynb #21c32621
 FLOOR = {8: 1e-4, 16: 1e-8}  # bits -> the smallest weight that is not shown as zero
 
+
 def encode(
-    weights: np.ndarray,  # from 0 to 1
-    bits: int = 8,        # or 16
-) -> np.ndarray:          # of integers, the same shape
+    weights: np.ndarray,
+    bits: int = 8,  # from 0 to 1  # or 16
+) -> np.ndarray:  # of integers, the same shape
     "Codes at even steps of the logarithm; 0 for what is below the floor."
     top, floor = 2**bits - 1, FLOOR[bits]
-    codes = np.rint(top + (top - 1) * np.log(np.maximum(weights, 1e-30, dtype=np.float64)) / np.log(1 / floor))
+    codes = np.rint(
+        top + (top - 1) * np.log(np.maximum(weights, 1e-30, dtype=np.float64)) / np.log(1 / floor)
+    )
     return np.where(weights < floor, 0, codes.clip(1, top)).astype(f"<u{bits // 8}")
 
-def decode(
-    codes: np.ndarray,
-    bits: int = 8,
-) -> np.ndarray:  # weights
+
+def decode(codes: np.ndarray, bits: int = 8) -> np.ndarray:  # weights
     "What `encode` has kept; the page does the same."
     top, floor = 2**bits - 1, FLOOR[bits]
     return np.where(codes == 0, 0.0, floor ** ((top - codes.astype(np.float64)) / (top - 1)))
 
 # %% ../nbs/appendix/attention_map.ipynb #56d85ed2
-def pack(
-    array: np.ndarray,
-) -> str:
+def pack(array: np.ndarray) -> str:
     "Its bytes, deflated, as text for a page."
     return base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()
 
@@ -90,46 +135,68 @@ def entropy(weights: np.ndarray) -> np.ndarray:  # (..., T, T) -> (...)
     "Nats, the mean over all queries."
     return -(weights * np.log(np.where(weights > 0, weights, 1))).sum(axis=-1).mean(axis=-1)
 
+
 def to_previous(weights: np.ndarray) -> np.ndarray:  # (..., T, T) -> (...)
     "The weight on the token just before, the mean over all queries that have one."
     return np.diagonal(weights, -1, axis1=-2, axis2=-1).mean(axis=-1)
+
 
 def to_first(weights: np.ndarray) -> np.ndarray:  # (..., T, T) -> (...)
     "The weight on the first token, the mean over all other queries."
     return weights[..., 1:, 0].mean(axis=-1)
 
+
 def induction(
-    weights: np.ndarray,    # (..., T, T)
-    tokens: Sequence[Any],  # T of them, texts or ids
-) -> np.ndarray:            # (...)
-    "The weight on what followed earlier copies of a token, the mean over all tokens that have one (Olsson et al., 2022); NaN if none has."
-    followed = np.array([[0 < s <= t and tokens[s - 1] == tokens[t] for s in range(len(tokens))] for t in range(len(tokens))])
+    weights: np.ndarray,
+    tokens: Sequence[Any],  # (..., T, T)  # T of them, texts or ids
+) -> np.ndarray:  # (...)
+    """The weight on what followed earlier copies of a token, the mean over all tokens that have one
+    (Olsson et al., 2022); NaN if none has.
+    """
+    followed = np.array(
+        [
+            [0 < s <= t and tokens[s - 1] == tokens[t] for s in range(len(tokens))]
+            for t in range(len(tokens))
+        ]
+    )
     copied = followed.any(axis=1)
-    return (weights * followed).sum(axis=-1)[..., copied].mean(axis=-1) if copied.any() else np.full(weights.shape[:-2], np.nan)
+    return (
+        (weights * followed).sum(axis=-1)[..., copied].mean(axis=-1)
+        if copied.any()
+        else np.full(weights.shape[:-2], np.nan)
+    )
+
 
 def head_statistics(
-    weights: np.ndarray,    # (layers, heads, T, T)
-    tokens: Sequence[Any],
+    weights: np.ndarray,
+    tokens: Sequence[Any],  # (layers, heads, T, T)
 ) -> dict[str, np.ndarray]:  # name -> (layers, heads)
     "The four numbers of every head."
     weights = np.asarray(weights, dtype=np.float64)
-    return {"entropy": entropy(weights), "previous": to_previous(weights), "first": to_first(weights), "induction": induction(weights, tokens)}
+    return {
+        "entropy": entropy(weights),
+        "previous": to_previous(weights),
+        "first": to_first(weights),
+        "induction": induction(weights, tokens),
+    }
 
 # %% ../nbs/appendix/attention_map.ipynb #1834eceb
 def thumbnail(
-    weights: np.ndarray,  # (T, T)
-    size: int,            # pixels, at most T
-) -> np.ndarray:          # (size, size), the largest weight in each pixel
+    weights: np.ndarray,
+    size: int,  # (T, T)  # pixels, at most T
+) -> np.ndarray:  # (size, size), the largest weight in each pixel
     "One head, small."
     T = len(weights)
-    edges = np.ceil(np.arange(size) * T / size).astype(int)  # token t falls into pixel floor(t * size / T)
+    # token t falls into pixel floor(t * size / T)
+    edges = np.ceil(np.arange(size) * T / size).astype(int)
     return np.maximum.reduceat(np.maximum.reduceat(weights, edges, axis=0), edges, axis=1)
 
+
 def contact_sheet(
-    weights: np.ndarray,    # (layers, heads, T, T)
+    weights: np.ndarray,  # (layers, heads, T, T)
     layers: Sequence[int],  # their numbers
     heads: Sequence[int],
-) -> bytes:                 # of a PNG file
+) -> bytes:  # of a PNG file
     "All heads in one picture, a row for each layer; darker is more, on a square-root scale."
     side, size = 48, min(48, weights.shape[-1])
     sheet = Image.new("L", ((side + 8) * len(heads) + 8, (side + 20) * len(layers) + 4), 0)
@@ -137,130 +204,215 @@ def contact_sheet(
     for row, layer in enumerate(layers):
         for column, head in enumerate(heads):
             x, y = 8 + column * (side + 8), 4 + row * (side + 20)
-            small = Image.fromarray((np.sqrt(thumbnail(weights[row, column], size)) * 250).astype(np.uint8))
+            small = Image.fromarray(
+                (np.sqrt(thumbnail(weights[row, column], size)) * 250).astype(np.uint8)
+            )
             sheet.paste(small.resize((side, side), Image.Resampling.NEAREST), (x, y))
             draw.rectangle((x - 1, y - 1, x + side, y + side), outline=60)
             draw.text((x, y + side + 1), f"{layer}.{head}", fill=255)
     sheet = sheet.convert("P")
-    sheet.putpalette([round(a + (b - a) * i / 255) for i in range(256) for a, b in ((255, 0), (255, 60), (255, 120))])
+    sheet.putpalette(
+        [
+            round(a + (b - a) * i / 255)
+            for i in range(256)
+            for a, b in ((255, 0), (255, 60), (255, 120))
+        ]
+    )
     file = io.BytesIO()
     sheet.save(file, "PNG", optimize=True)
     return file.getvalue()
 
 # %% ../nbs/appendix/attention_map.ipynb #5d3f951d
-SCRIPT = files("tinytransformer")/"attention_map.js"  # beside the modules
+SCRIPT = files("tinytransformer") / "attention_map.js"  # beside the modules
+
 
 @dataclass
 class AttentionMap:
-    "Weights, tokens and a program to draw them: shows itself in a notebook, and saves itself as a page."
-    data: dict    # what the script reads
+    """Weights, tokens and a program to draw them: shows itself in a notebook, and saves itself as a
+    page.
+    """
+
+    data: dict  # what the script reads
     sheet: bytes  # the contact sheet, a PNG picture
 
     def host(self) -> str:
         "The place where the map is drawn, with its data and its picture."
         layers, heads = len(self.data["layers"]), len(self.data["heads"])
-        alt = html.escape(f"Attention weights of {layers} x {heads} heads for {len(self.data['tokens'])} tokens, a row of small tables for each layer. {self.data['title']}".strip())
-        content = json.dumps(self.data, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-        return (f'<div class="attention-map" data-lm-suppress-shortcuts="true"><img alt="{alt}" src="data:image/png;base64,{base64.b64encode(self.sheet).decode()}">'
-                f'<script type="application/json">{content}</script></div>')
+        alt = html.escape(
+            f"Attention weights of {layers} x {heads} heads for {len(self.data['tokens'])} tokens,"
+            f" a row of small tables for each layer. {self.data['title']}".strip()
+        )
+        content = (
+            json.dumps(self.data, allow_nan=False)
+            .replace("<", "\\u003c")
+            .replace(">", "\\u003e")
+            .replace("&", "\\u0026")
+        )
+        return (
+            f'<div class="attention-map" data-lm-suppress-shortcuts="true"><img alt="{alt}"'
+            f' src="data:image/png;base64,{base64.b64encode(self.sheet).decode()}"><script'
+            f' type="application/json">{content}</script></div>'
+        )
 
-    def _repr_html_(self) -> str: return self.host() + script()
+    def _repr_html_(self) -> str:
+        return self.host() + script()
 
-    def __repr__(self) -> str: return f"AttentionMap of {len(self.data['layers'])} x {len(self.data['heads'])} heads, {len(self.data['tokens'])} tokens"
+    def __repr__(self) -> str:
+        return (
+            f"AttentionMap of {len(self.data['layers'])} x {len(self.data['heads'])} heads,"
+            f" {len(self.data['tokens'])} tokens"
+        )
 
-    def save(self,
-        path: str | Path,  # of an .html file
-    ) -> None:
+    def save(self, path: str | Path) -> None:  # of an .html file
         "Write one page that needs nothing else, whole or not at all."
         save_page(path, self.data["title"], self._repr_html_())
+
 
 def script() -> str:
     "The program as a module for a page."
     return f'<script type="module">\n{SCRIPT.read_text(encoding="utf-8")}</script>'
 
-def save_page(
-    path: str | Path,
-    title: str,
-    body: str,
-) -> None:
+
+def save_page(path: str | Path, title: str, body: str) -> None:
     "A page that may not ask for anything from anywhere."
-    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
-    page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-            f'<meta name="color-scheme" content="light dark"><title>{html.escape(title) or "attention map"}</title></head><body>{body}</body></html>\n')
+    policy = (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+    )
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+        ' content="width=device-width"><meta http-equiv="Content-Security-Policy"'
+        f' content="{policy}">'
+        '<meta name="color-scheme" content="light'
+        f' dark"><title>{html.escape(title) or "attention map"}</title></head><body>{body}</body></html>\n'
+    )
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 # %% ../nbs/appendix/attention_map.ipynb #fcd27d7d
 def attention_map(
-    weights: Any,                             # (layers, heads, T, T); see as_weights for other forms
-    tokens: Sequence[str],                    # T texts
-    layers: Sequence[int] | None = None,      # which to show; left out, all
+    weights: Any,  # (layers, heads, T, T); see as_weights for other forms
+    tokens: Sequence[str],  # T texts
+    layers: Sequence[int] | None = None,  # which to show; left out, all
     heads: Sequence[int] | None = None,
     title: str = "",
-    vectors: Sequence | None = None,          # queries, keys and values, each (layers, heads, T, D), to explain each weight
-    statistics: dict[str, Any] | None = None, # more numbers for each head: name -> (layers, heads)
-    bits: int = 8,                            # for a weight: 8 keeps it to 2 %, 16 to 0.02 %
+    # queries, keys and values, each (layers, heads, T, D), to explain each weight
+    vectors: Sequence | None = None,
+    statistics: dict[str, Any] | None = None,  # more numbers for each head: name -> (layers, heads)
+    bits: int = 8,  # for a weight: 8 keeps it to 2 %, 16 to 0.02 %
 ) -> AttentionMap:
     "An interactive map of causal attention; `ValueError` says what cannot be drawn, and why."
     tokens = list(tokens)
-    if bits not in FLOOR: raise ValueError(f"bits is {bits}: give 8 or 16")
+    if bits not in FLOOR:
+        raise ValueError(f"bits is {bits}: give 8 or 16")
     array = as_weights(weights, tokens)
-    numbers = {**head_statistics(array, tokens), **{name: np.asarray(values, dtype=np.float64) for name, values in (statistics or {}).items()}}
+    numbers = {
+        **head_statistics(array, tokens),
+        **{
+            name: np.asarray(values, dtype=np.float64)
+            for name, values in (statistics or {}).items()
+        },
+    }
     layers, heads = chosen(layers, array.shape[0], "layer"), chosen(heads, array.shape[1], "head")
     for name, values in numbers.items():
-        if values.shape != array.shape[:2]: raise ValueError(f"the statistic {name} has the shape {values.shape}: give a number for each of {array.shape[0]} x {array.shape[1]} heads")
+        if values.shape != array.shape[:2]:
+            raise ValueError(
+                f"the statistic {name} has the shape {values.shape}: give a number for each of"
+                f" {array.shape[0]} x {array.shape[1]} heads"
+            )
     T, some = len(tokens), np.ix_(layers, heads)
     size = len(layers) * len(heads) * T * (T + 1) // 2
     if size > MOST:
         fit = max(1, MOST // (T * (T + 1) // 2))
-        raise ValueError(f"{len(layers)} layers x {len(heads)} heads x {T} tokens are {size:,} weights, more than a page can show at once ({MOST:,}): choose at most {fit} heads, "
-                         "such as attention_map(weights, tokens, layers=[0], heads=[0])" + (", and fewer tokens" if fit * T * (T + 1) // 2 > MOST else ""))
+        raise ValueError(
+            f"{len(layers)} layers x {len(heads)} heads x {T} tokens are {size:,} weights, more"
+            f" than a page can show at once ({MOST:,}): choose at most {fit} heads, such as"
+            " attention_map(weights, tokens, layers=[0], heads=[0])"
+            + (", and fewer tokens" if fit * T * (T + 1) // 2 > MOST else "")
+        )
     row, column = np.tril_indices(T)
-    data = dict(title=title, tokens=tokens, layers=layers, heads=heads, bits=bits, floor=FLOOR[bits], weights=pack(encode(array[some][..., row, column], bits)), vectors=None, head_dim=None,
-                statistics={name: [[None if np.isnan(v) else float(f"{v:.6g}") for v in r] for r in values[some]] for name, values in numbers.items()})
+    data = dict(
+        title=title,
+        tokens=tokens,
+        layers=layers,
+        heads=heads,
+        bits=bits,
+        floor=FLOOR[bits],
+        weights=pack(encode(array[some][..., row, column], bits)),
+        vectors=None,
+        head_dim=None,
+        statistics={
+            name: [[None if np.isnan(v) else float(f"{v:.6g}") for v in r] for r in values[some]]
+            for name, values in numbers.items()
+        },
+    )
     if vectors is not None:
-        q, k, v = (np.asarray(part.detach().float().cpu() if torch.is_tensor(part) else part, dtype=np.float32) for part in vectors)
-        if not q.shape == k.shape == v.shape or q.shape[:3] != array.shape[:3]: raise ValueError(f"queries, keys and values have the shapes {q.shape}, {k.shape}, {v.shape}: give (layers, heads, T, D) each")
-        data |= dict(vectors=pack(np.stack([part[some] for part in (q, k, v)]).astype("<f4")), head_dim=q.shape[-1])
+        q, k, v = (
+            np.asarray(
+                part.detach().float().cpu() if torch.is_tensor(part) else part, dtype=np.float32
+            )
+            for part in vectors
+        )
+        if not q.shape == k.shape == v.shape or q.shape[:3] != array.shape[:3]:
+            raise ValueError(
+                f"queries, keys and values have the shapes {q.shape}, {k.shape}, {v.shape}: give"
+                " (layers, heads, T, D) each"
+            )
+        data |= dict(
+            vectors=pack(np.stack([part[some] for part in (q, k, v)]).astype("<f4")),
+            head_dim=q.shape[-1],
+        )
     return AttentionMap(data, contact_sheet(array[some], layers, heads))
 
 # %% ../nbs/appendix/attention_map.ipynb #5f9cab36
 @dataclass
 class SideBySide:
     "Maps in a row that choose the same layer and head."
+
     maps: Sequence[AttentionMap]
 
-    def __repr__(self) -> str: return f"SideBySide of {len(self.maps)} maps"
+    def __repr__(self) -> str:
+        return f"SideBySide of {len(self.maps)} maps"
 
     def _repr_html_(self) -> str:
-        columns = "".join(f'<div style="flex:1 1 380px;min-width:0">{a_map.host()}</div>' for a_map in self.maps)
-        return f'<div class="attention-maps" style="display:flex;flex-wrap:wrap;gap:8px">{columns}</div>{script()}'
+        columns = "".join(
+            f'<div style="flex:1 1 380px;min-width:0">{a_map.host()}</div>' for a_map in self.maps
+        )
+        return (
+            '<div class="attention-maps"'
+            f' style="display:flex;flex-wrap:wrap;gap:8px">{columns}</div>{script()}'
+        )
 
     def save(self, path: str | Path) -> None:
         "Write one page that needs nothing else, whole or not at all."
         save_page(path, " | ".join(a_map.data["title"] for a_map in self.maps), self._repr_html_())
 
-def side_by_side(
-    *maps: AttentionMap,
-) -> SideBySide:
+
+def side_by_side(*maps: AttentionMap) -> SideBySide:
     "Maps with as many layers and heads as each other, to be compared; `ValueError` otherwise."
     shapes = {(tuple(m.data["layers"]), tuple(m.data["heads"])) for m in maps}
-    if len(shapes) != 1: raise ValueError(f"{len(maps)} maps show {len(shapes)} different sets of layers and heads: give maps of the same ones")
+    if len(shapes) != 1:
+        raise ValueError(
+            f"{len(maps)} maps show {len(shapes)} different sets of layers and heads: give maps of"
+            " the same ones"
+        )
     return SideBySide(maps)
 
 # %% ../nbs/appendix/attention_map.ipynb #f181e0a6
 @dataclass
 class Look:
     "What one run of a model showed."
-    tokens: list[str]       # T texts
-    weights: torch.Tensor   # (layers, heads, T, T)
-    vectors: torch.Tensor   # (3, layers, heads, T, D): queries, keys and values
-    logits: torch.Tensor    # (T, V)
-    loss: float             # nats per token, over the T - 1 tokens that follow something
+
+    tokens: list[str]  # T texts
+    weights: torch.Tensor  # (layers, heads, T, T)
+    vectors: torch.Tensor  # (3, layers, heads, T, D): queries, keys and values
+    logits: torch.Tensor  # (T, V)
+    loss: float  # nats per token, over the T - 1 tokens that follow something
+
 
 @contextmanager
 def silenced(
@@ -268,72 +420,120 @@ def silenced(
     off: Sequence[tuple[int, int]],  # (layer, head) of those to switch off
 ) -> Iterator[None]:
     "While the body runs, these heads hand over nothing: zeros in place of their weighted values."
+
     def silence(layer, head):
         attention = model.blocks[chosen([layer], len(model.blocks), "layer")[0]].attention
         D = attention.proj.in_features // attention.num_heads
         chosen([head], attention.num_heads, "head")
+
         def zero(module, args):  # what the heads hand over, side by side: (B, T, C)
             x = args[0].clone()
-            x[..., head * D:(head + 1) * D] = 0
-            return x,
+            x[..., head * D : (head + 1) * D] = 0
+            return (x,)
+
         return attention.proj.register_forward_pre_hook(zero)
+
     hooks = []
     try:
-        for layer, head in off: hooks.append(silence(layer, head))
+        for layer, head in off:
+            hooks.append(silence(layer, head))
         yield
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
+
 
 @torch.no_grad()
 def look(
-    model: nn.Module,                    # a Transformer of this book
-    ids: Sequence[int],                  # T token ids, at least two
-    tokens: Sequence[str],               # their texts
-    off: Sequence[tuple[int, int]] = (), # heads to switch off
+    model: nn.Module,  # a Transformer of this book
+    ids: Sequence[int],  # T token ids, at least two
+    tokens: Sequence[str],  # their texts
+    off: Sequence[tuple[int, int]] = (),  # heads to switch off
 ) -> Look:
     "Run the model once, without dropout, and keep what its heads saw and said."
-    x, parts, was_training = torch.tensor([list(ids)], device=next(model.parameters()).device), [], model.training
-    keep = [block.attention.register_forward_pre_hook(lambda attention, args: parts.append(torch.stack([p[0] for p in attention.queries_keys_values(args[0])]))) for block in model.blocks]
+    x, parts, was_training = (
+        torch.tensor([list(ids)], device=next(model.parameters()).device),
+        [],
+        model.training,
+    )
+    keep = [
+        block.attention.register_forward_pre_hook(
+            lambda attention, args: parts.append(
+                torch.stack([p[0] for p in attention.queries_keys_values(args[0])])
+            )
+        )
+        for block in model.blocks
+    ]
     try:
-        with silenced(model.eval(), off): logits, weights = model(x, return_weights=True)
+        with silenced(model.eval(), off):
+            logits, weights = model(x, return_weights=True)
     finally:
-        for hook in keep: hook.remove()
+        for hook in keep:
+            hook.remove()
         model.train(was_training)
-    return Look(list(tokens), weights[:, 0], torch.stack(parts, dim=1), logits[0], F.cross_entropy(logits[0, :-1], x[0, 1:]).item())
+    return Look(
+        list(tokens),
+        weights[:, 0],
+        torch.stack(parts, dim=1),
+        logits[0],
+        F.cross_entropy(logits[0, :-1], x[0, 1:]).item(),
+    )
 
 # %% ../nbs/appendix/attention_map.ipynb #0cb7df1c
 def byte_table() -> dict[str, int]:
-    "The letter that byte-level BPE writes for each byte (Radford et al., 2019): itself if it can be seen, else one from 256 on."
+    """The letter that byte-level BPE writes for each byte (Radford et al., 2019): itself if it can
+    be seen, else one from 256 on.
+    """
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     unseen = [b for b in range(256) if b not in seen]
     return {chr(b): b for b in seen} | {chr(256 + n): b for n, b in enumerate(unseen)}
 
-def token_texts(
-    tokenizer: Any,      # of the library `tokenizers`
-    ids: Sequence[int],
-) -> list[str]:
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:  # of the library `tokenizers`
     "A text for each token; bytes that are no whole character as \\x and two digits."
     texts, table = [tokenizer.decode([i], skip_special_tokens=False) for i in ids], byte_table()
-    def by_bytes(i): return bytes(table[letter] for letter in tokenizer.id_to_token(i)).decode("utf-8", "backslashreplace")
-    return [by_bytes(i) if "\ufffd" in text and all(letter in table for letter in tokenizer.id_to_token(i)) else text for i, text in zip(ids, texts)]
+
+    def by_bytes(i):
+        return bytes(table[letter] for letter in tokenizer.id_to_token(i)).decode(
+            "utf-8", "backslashreplace"
+        )
+
+    return [
+        (
+            by_bytes(i)
+            if "\ufffd" in text and all(letter in table for letter in tokenizer.id_to_token(i))
+            else text
+        )
+        for i, text in zip(ids, texts)
+    ]
 
 # %% ../nbs/appendix/attention_map.ipynb #ca2123b4
-def ablation(
-    model: nn.Module,
-    ids: Sequence[int],
-) -> np.ndarray:  # (layers, heads)
+def ablation(model: nn.Module, ids: Sequence[int]) -> np.ndarray:  # (layers, heads)
     "How much the loss on `ids` rises, in nats per token, when one head is switched off."
-    def loss(off): return look(model, ids, [""] * len(ids), off).loss
-    return np.array([[loss([(l, h)]) for h in range(block.attention.num_heads)] for l, block in enumerate(model.blocks)]) - loss([])
+
+    def loss(off):
+        return look(model, ids, [""] * len(ids), off).loss
+
+    return np.array(
+        [
+            [loss([(l, h)]) for h in range(block.attention.num_heads)]
+            for l, block in enumerate(model.blocks)
+        ]
+    ) - loss([])
 
 # %% ../nbs/appendix/attention_map.ipynb #d5c96cc7
 class AttentionExplorer:
-    "A model's attention, live: prompt, temperature, heads that can be switched off; needs `ipywidgets`, and is quicker with `anywidget`."
-    def __init__(self,
-        model: nn.Module,                          # a Transformer of this book
-        tokenizer: Any,                            # of the library `tokenizers`
+    """A model's attention, live: prompt, temperature, heads that can be switched off; needs
+    `ipywidgets`, and is quicker with `anywidget`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,  # a Transformer of this book
+        tokenizer: Any,  # of the library `tokenizers`
         prompt: str,
-        beside: "str | nn.Module | None" = None,   # a second prompt, or a second model of the same shape, to compare with
+        # a second prompt, or a second model of the same shape, to compare with
+        beside: "str | nn.Module | None" = None,
     ):
         self.model, self.tokenizer, self.prompt, self.beside = model, tokenizer, prompt, beside
         self.temperature, self.off, self.runs, self.kept = 1.0, (), 0, {}
@@ -343,87 +543,177 @@ class AttentionExplorer:
         "One run of a model, or the one before if nothing has changed."
         key = (id(model), prompt, off)
         if key not in self.kept:
-            ids, most = self.tokenizer.encode(prompt, add_special_tokens=False).ids, model.cfg.seq_len
-            if not 2 <= len(ids) <= most: raise ValueError(f"the prompt has {len(ids)} tokens: give 2 to {most}")
-            self.kept = dict(list(self.kept.items())[-7:]) | {key: look(model, ids, token_texts(self.tokenizer, ids), off)}
+            ids, most = (
+                self.tokenizer.encode(prompt, add_special_tokens=False).ids,
+                model.cfg.seq_len,
+            )
+            if not 2 <= len(ids) <= most:
+                raise ValueError(f"the prompt has {len(ids)} tokens: give 2 to {most}")
+            self.kept = dict(list(self.kept.items())[-7:]) | {
+                key: look(model, ids, token_texts(self.tokenizer, ids), off)
+            }
             self.runs += 1
         return self.kept[key]
 
     def looks(self) -> list[tuple[str, Look]]:  # a title and a look for each map
         "What there is to show: as it is, or with heads off, and what stands beside it."
-        shown = [(f"without {', '.join(f'{l}.{h}' for l, h in self.off)}" if self.off else "", self.look(self.model, self.prompt, tuple(self.off)))]
-        if isinstance(self.beside, str): shown.append(("the other prompt", self.look(self.model, self.beside, tuple(self.off))))
-        elif self.beside is not None: shown.append(("the other model", self.look(self.beside, self.prompt, tuple(self.off))))
+        shown = [
+            (
+                f"without {', '.join(f'{l}.{h}' for l, h in self.off)}" if self.off else "",
+                self.look(self.model, self.prompt, tuple(self.off)),
+            )
+        ]
+        if isinstance(self.beside, str):
+            shown.append(("the other prompt", self.look(self.model, self.beside, tuple(self.off))))
+        elif self.beside is not None:
+            shown.append(("the other model", self.look(self.beside, self.prompt, tuple(self.off))))
         return shown
 
     def map(self) -> AttentionMap | SideBySide:
         "The map as it stands, to be kept in a notebook or saved."
-        maps = [attention_map(seen.weights, seen.tokens, title=title, vectors=seen.vectors) for title, seen in self.looks()]
+        maps = [
+            attention_map(seen.weights, seen.tokens, title=title, vectors=seen.vectors)
+            for title, seen in self.looks()
+        ]
         return maps[0] if len(maps) == 1 else side_by_side(*maps)
 
-    def next_tokens(self, n: int = 10) -> list[tuple[str, float, float]]:  # text, its probability, and the one with no head off
+    # text, its probability, and the one with no head off
+    def next_tokens(self, n: int = 10) -> list[tuple[str, float, float]]:
         "The likeliest next tokens at this temperature."
-        now, before = (self.look(self.model, self.prompt, tuple(off)).logits[-1].double() for off in (self.off, ()))
+        now, before = (
+            self.look(self.model, self.prompt, tuple(off)).logits[-1].double()
+            for off in (self.off, ())
+        )
         now, before = ((z / self.temperature).softmax(-1) for z in (now, before))
         best = now.topk(min(n, len(now))).indices.tolist()
-        return [(text, now[i].item(), before[i].item()) for i, text in zip(best, token_texts(self.tokenizer, best))]
+        return [
+            (text, now[i].item(), before[i].item())
+            for i, text in zip(best, token_texts(self.tokenizer, best))
+        ]
 
     def report(self) -> str:  # HTML
         "Loss and next tokens, beside those with no head off."
-        loss, before = (self.look(self.model, self.prompt, tuple(off)).loss for off in (self.off, ()))
-        rows = "".join(f'<tr><td style="text-align:left;font-family:monospace;white-space:pre">{html.escape(text)}</td><td>{p:.4f}</td><td>{p - q:+.4f}</td>'
-                       f'<td style="text-align:left"><div style="width:{200 * p:.0f}px;height:10px;background:#3a78b0"></div></td></tr>' for text, p, q in self.next_tokens())
+        loss, before = (
+            self.look(self.model, self.prompt, tuple(off)).loss for off in (self.off, ())
+        )
+        rows = "".join(
+            "<tr><td"
+            f' style="text-align:left;font-family:monospace;white-space:pre">{html.escape(text)}</td><td>{p:.4f}</td><td>{p - q:+.4f}</td><td'
+            ' style="text-align:left"><div'
+            f' style="width:{200 * p:.0f}px;height:10px;background:#3a78b0"></div></td></tr>'
+            for text, p, q in self.next_tokens()
+        )
         change = f", {loss - before:+.3f} against {before:.3f} with all heads" if self.off else ""
-        return f"<p>loss {loss:.3f} nats per token{change}</p><table><tr><th>next token</th><th>probability</th><th>change</th><th></th></tr>{rows}</table>"
+        return (
+            f"<p>loss {loss:.3f} nats per token{change}</p><table><tr><th>next"
+            f" token</th><th>probability</th><th>change</th><th></th></tr>{rows}</table>"
+        )
 
     def widget(self) -> Any:
         "The controls and the map, for JupyterLab."
         import ipywidgets as w
-        heads = [(f"layer {l}, head {h}", (l, h)) for l, block in enumerate(self.model.blocks) for h in range(block.attention.num_heads)]
-        prompt = w.Textarea(self.prompt, description="prompt", continuous_update=False, layout=w.Layout(width="100%"))
-        temperature = w.FloatSlider(self.temperature, min=0.1, max=3.0, step=0.1, description="temperature", style=dict(description_width="initial"))
-        off = w.SelectMultiple(options=heads, value=self.off, description="off", rows=min(6, len(heads)))
+
+        heads = [
+            (f"layer {l}, head {h}", (l, h))
+            for l, block in enumerate(self.model.blocks)
+            for h in range(block.attention.num_heads)
+        ]
+        prompt = w.Textarea(
+            self.prompt,
+            description="prompt",
+            continuous_update=False,
+            layout=w.Layout(width="100%"),
+        )
+        temperature = w.FloatSlider(
+            self.temperature,
+            min=0.1,
+            max=3.0,
+            step=0.1,
+            description="temperature",
+            style=dict(description_width="initial"),
+        )
+        off = w.SelectMultiple(
+            options=heads, value=self.off, description="off", rows=min(6, len(heads))
+        )
         said, report, place = w.HTML(), w.HTML(), live_place(lambda: self.map())
+
         def draw(_=None):
             before = self.prompt, self.off, self.temperature
-            self.prompt, self.off, self.temperature = prompt.value, tuple(off.value), temperature.value
-            try: report.value, said.value = self.report(), ""
-            except ValueError as error: (self.prompt, self.off, self.temperature), said.value = before, f"<b>{html.escape(str(error))}</b>"
+            self.prompt, self.off, self.temperature = (
+                prompt.value,
+                tuple(off.value),
+                temperature.value,
+            )
+            try:
+                report.value, said.value = self.report(), ""
+            except ValueError as error:
+                (self.prompt, self.off, self.temperature), said.value = (
+                    before,
+                    f"<b>{html.escape(str(error))}</b>",
+                )
             else:
-                if (self.prompt, self.off) != before[:2]: place.draw()
-        for control in (prompt, temperature, off): control.observe(draw, "value")
+                if (self.prompt, self.off) != before[:2]:
+                    place.draw()
+
+        for control in (prompt, temperature, off):
+            control.observe(draw, "value")
         draw()
         place.draw()
         return w.VBox([prompt, w.HBox([temperature, off]), said, report, place.box])
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
+
         display(self.widget())
+
 
 def live_place(
     get: Any,  # gives the map to show
-) -> Any:      # `.box` is a widget, `.draw()` shows what `get` gives now
-    "Where a live map stands: an anywidget that keeps its page if that package is installed, otherwise an output that is filled anew."
+) -> Any:  # `.box` is a widget, `.draw()` shows what `get` gives now
+    """Where a live map stands: an anywidget that keeps its page if that package is installed,
+    otherwise an output that is filled anew.
+    """
     from types import SimpleNamespace
+
     import ipywidgets as w
-    try: import anywidget, traitlets
-    except ImportError: anywidget = None
+
+    try:
+        import anywidget
+        import traitlets
+    except ImportError:
+        anywidget = None
     if anywidget is None:
         box = w.Output()
+
         def draw():
-            box.outputs = ({"output_type": "display_data", "data": {"text/html": get()._repr_html_()}, "metadata": {}},)
+            box.outputs = (
+                {
+                    "output_type": "display_data",
+                    "data": {"text/html": get()._repr_html_()},
+                    "metadata": {},
+                },
+            )
+
         return SimpleNamespace(box=box, draw=draw)
 
     class LiveMap(anywidget.AnyWidget):
         "The same module as on a page."
+
         _esm = SCRIPT.read_text(encoding="utf-8")
         data = traitlets.Dict().tag(sync=True)
 
     box = w.HBox()
+
     def draw():
         shown = get()
         datas = [m.data for m in (shown.maps if isinstance(shown, SideBySide) else [shown])]
         if len(box.children) == len(datas):
-            for child, data in zip(box.children, datas): child.data = data
-        else: box.children = [LiveMap(data=data, layout=w.Layout(flex="1 1 380px", min_width="0")) for data in datas]
+            for child, data in zip(box.children, datas):
+                child.data = data
+        else:
+            box.children = [
+                LiveMap(data=data, layout=w.Layout(flex="1 1 380px", min_width="0"))
+                for data in datas
+            ]
+
     return SimpleNamespace(box=box, draw=draw)

@@ -16,24 +16,29 @@ from .embeddings import Dropout
 # %% ../nbs/03_block.ipynb #53749a23
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": lambda: nn.GELU(approximate="tanh")}
 
+
 class FeedForward(nn.Sequential):
     "Linear(C, 4C), ReLU, Linear(4C, C), at every position alike (Vaswani et al., 2017, eq. 2)."
-    def __init__(self,
-        embed_dim: int,            # C
-        activation: str = "relu",  # or "gelu"
-    ):
-        super().__init__(nn.Linear(embed_dim, 4 * embed_dim), ACTIVATIONS[activation](), nn.Linear(4 * embed_dim, embed_dim))
+
+    def __init__(self, embed_dim: int, activation: str = "relu"):  # C  # or "gelu"
+        super().__init__(
+            nn.Linear(embed_dim, 4 * embed_dim),
+            ACTIVATIONS[activation](),
+            nn.Linear(4 * embed_dim, embed_dim),
+        )
 
 # %% ../nbs/03_block.ipynb #6324a399
 def swiglu_dim(embed_dim: int) -> int:
-    "Two thirds of 4C, rounded to a multiple of 32: about as many numbers in three matrices as in the two of `FeedForward`."
+    """Two thirds of 4C, rounded to a multiple of 32: about as many numbers in three matrices as in
+    the two of `FeedForward`.
+    """
     return 32 * max(1, round(embed_dim / 12))
+
 
 class SwiGLU(nn.Module):
     "silu(gate) × up, and back down, at every position alike (Shazeer, 2020, eq. 6)."
-    def __init__(self,
-        embed_dim: int,  # C
-    ):
+
+    def __init__(self, embed_dim: int):  # C
         super().__init__()
         self.gate_up = nn.Linear(embed_dim, 2 * swiglu_dim(embed_dim))  # both in one product
         self.down = nn.Linear(swiglu_dim(embed_dim), embed_dim)
@@ -43,10 +48,7 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 # %% ../nbs/03_block.ipynb #c52598e3
-def feed_forward(
-    embed_dim: int,   # C
-    activation: str,  # relu, gelu or swiglu
-) -> nn.Module:
+def feed_forward(embed_dim: int, activation: str) -> nn.Module:  # C  # relu, gelu or swiglu
     "The feed-forward network of a block."
     return SwiGLU(embed_dim) if activation == "swiglu" else FeedForward(embed_dim, activation)
 
@@ -56,28 +58,38 @@ NORMS = {"layer": nn.LayerNorm, "rms": lambda embed_dim: nn.RMSNorm(embed_dim, e
 # %% ../nbs/03_block.ipynb #a8de7842
 class Block(nn.Module):
     "A pre-LN Transformer block, (B, T, C) -> (B, T, C) (Xiong et al., 2020)."
-    def __init__(self,
-        embed_dim: int,            # C
-        num_heads: int,            # H
-        dropout: float = 0.0,      # on what each part adds and, unless told otherwise, on the attention weights
+
+    def __init__(
+        self,
+        embed_dim: int,  # C
+        num_heads: int,  # H
+        # on what each part adds and, unless told otherwise, on the attention weights
+        dropout: float = 0.0,
         activation: str = "relu",  # of the feed-forward network; or gelu, or swiglu
-        norm: str = "layer",       # or rms
-        rotary: bool = False,      # turn queries and keys by their places
+        norm: str = "layer",  # or rms
+        rotary: bool = False,  # turn queries and keys by their places
         attention_dropout: float | None = None,  # on the attention weights
     ):
         super().__init__()
         self.norm1 = NORMS[norm](embed_dim)
-        self.attention = MultiHeadAttention(embed_dim, num_heads, dropout if attention_dropout is None else attention_dropout, rotary)
+        self.attention = MultiHeadAttention(
+            embed_dim,
+            num_heads,
+            dropout if attention_dropout is None else attention_dropout,
+            rotary,
+        )
         self.norm2 = NORMS[norm](embed_dim)
         self.ffn = feed_forward(embed_dim, activation)
         self.dropout = Dropout(dropout)
 
-    def forward(self,
-        x: torch.Tensor,               # (B, T, C)
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, T, C)
         return_weights: bool = False,  # also give the attention weights (B, H, T, T)
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         attended = self.attention(self.norm1(x), return_weights)
-        if return_weights: attended, weights = attended
+        if return_weights:
+            attended, weights = attended
         x = x + self.dropout(attended)
         x = x + self.dropout(self.ffn(self.norm2(x)))
         return (x, weights) if return_weights else x

@@ -10,7 +10,17 @@ __all__ = ['SECTIONS', 'OUT_OF_MEMORY', 'field_comments', 'add_fields', 'make_pa
            'state_of', 'runs_command', 'plot_runs', 'one_line', 'process_name', 'out_of_memory', 'main']
 
 # %% ../nbs/appendix/command_line.ipynb #aa1ab598
-import atexit, functools, io, json, os, re, shlex, signal, sys, time, traceback
+import atexit
+import functools
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+import traceback
 from argparse import ArgumentError
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,21 +38,46 @@ from .__main__ import COMMANDS
 from .data import SPLITS, Corpus, DataConfig, InputError, check, prepare, write_whole
 from .generate import SampleConfig, compare, complete, stream
 from .model import ModelConfig, count_parameters, parameter_formula
-from .train import (EXCESS, PACKAGED, RECALL, TRAINED, Elsewhere, Run, Stopped, TrainConfig, begun_from, config_file, evaluate, fast_products, load_run, make_config, near_floor, on_main, perplexities, processes, read_config, read_json, read_rows, same_text,
-                                   train_run)
+from tinytransformer.train import (
+    EXCESS,
+    PACKAGED,
+    RECALL,
+    TRAINED,
+    Elsewhere,
+    Run,
+    Stopped,
+    TrainConfig,
+    begun_from,
+    config_file,
+    evaluate,
+    fast_products,
+    load_run,
+    make_config,
+    near_floor,
+    on_main,
+    perplexities,
+    processes,
+    read_config,
+    read_json,
+    read_rows,
+    same_text,
+    train_run,
+)
 
 # %% ../nbs/appendix/command_line.ipynb #80320584
 SECTIONS = dict(data=DataConfig, model=ModelConfig, train=TrainConfig, sample=SampleConfig)
+
 
 @functools.cache
 def field_comments(cls: type) -> dict[str, str]:
     "The comment beside each field of a dataclass."
     return docments(cls)
 
+
 def add_fields(
     parser: ArgumentParser,
-    cls: type,                  # one of the configuration dataclasses
-    section: str | None = None, # prefix of the options
+    cls: type,  # one of the configuration dataclasses
+    section: str | None = None,  # prefix of the options
     skip: set[str] = frozenset(),  # fields that get none
 ) -> None:
     "Give `parser` an option for each field of `cls`, explained by the comment beside the field."
@@ -50,114 +85,270 @@ def add_fields(
     meaning = field_comments(cls)
     for action in parser._actions:
         field = action.dest.removeprefix(f"{section}." if section else "")
-        if field in meaning: action.help = meaning[field]
+        if field in meaning:
+            action.help = meaning[field]
 
 # %% ../nbs/appendix/command_line.ipynb #a83a2ffd
 def make_parser(
-    serving: bool = False,  # with the options of serve, whose packages need not be installed for the rest
+    # with the options of serve, whose packages need not be installed for the rest
+    serving: bool = False,
 ) -> ArgumentParser:
     "The parser of the whole command."
-    def command(usage, description): return ArgumentParser(usage=f"tinytransformer {usage}", description=description, exit_on_error=False, allow_abbrev=False)
-    parser = ArgumentParser(prog="tinytransformer", usage="tinytransformer COMMAND ...", exit_on_error=False, allow_abbrev=False, version=__version__,
-                            description="A small Transformer language model: prepare text, train, evaluate, generate, compare runs, serve.")
+
+    def command(usage, description):
+        return ArgumentParser(
+            usage=f"tinytransformer {usage}",
+            description=description,
+            exit_on_error=False,
+            allow_abbrev=False,
+        )
+
+    parser = ArgumentParser(
+        prog="tinytransformer",
+        usage="tinytransformer COMMAND ...",
+        exit_on_error=False,
+        allow_abbrev=False,
+        version=__version__,
+        description=(
+            "A small Transformer language model: prepare text, train, evaluate, generate, compare"
+            " runs, serve."
+        ),
+    )
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
 
-    prepare = command("prepare --config NAME [--SECTION.FIELD VALUE ...]", "Fetch or write the text, tokenize it, and keep both under data/.")
-    train = command("train --config NAME | --resume RUN [--SECTION.FIELD VALUE ...]", "Prepare, train, and keep everything about it in a run folder.")
+    prepare = command(
+        "prepare --config NAME [--SECTION.FIELD VALUE ...]",
+        "Fetch or write the text, tokenize it, and keep both under data/.",
+    )
+    train = command(
+        "train --config NAME | --resume RUN [--SECTION.FIELD VALUE ...]",
+        "Prepare, train, and keep everything about it in a run folder.",
+    )
     for sub in (prepare, train):
-        sub.add_argument("--config", action=ActionConfigFile, help=f"{', '.join(PACKAGED)}, or the path of a YAML file; options after it override it")
-        for section, cls in SECTIONS.items(): add_fields(sub, cls, section)
-    train.add_argument("--folder", type=str | None, help="folder to keep the run in; left out, runs/ and the name of the configuration")
-    train.add_argument("--resume", type=str | None, help="go on with the run in this folder; auto takes the newest that is not complete, and with --config begins one if there is none")
+        sub.add_argument(
+            "--config",
+            action=ActionConfigFile,
+            help=f"{', '.join(PACKAGED)}, or the path of a YAML file; options after it override it",
+        )
+        for section, cls in SECTIONS.items():
+            add_fields(sub, cls, section)
+    train.add_argument(
+        "--folder",
+        type=str | None,
+        help="folder to keep the run in; left out, runs/ and the name of the configuration",
+    )
+    train.add_argument(
+        "--resume",
+        type=str | None,
+        help=(
+            "go on with the run in this folder; auto takes the newest that is not complete, and"
+            " with --config begins one if there is none"
+        ),
+    )
 
-    evaluate = command("evaluate RUN [--split SPLIT] [--stride N]", "Loss, perplexity and bits per byte of a trained model over a whole split; also written to the run.")
+    evaluate = command(
+        "evaluate RUN [--split SPLIT] [--stride N]",
+        "Loss, perplexity and bits per byte of a trained model over a whole split; also written to"
+        " the run.",
+    )
     evaluate.add_argument("RUN", help="a run folder, or tiny, the run that comes with the package")
-    evaluate.add_argument("--split", choices=SPLITS, default="validation", help="which rows to read")
-    evaluate.add_argument("--stride", type=int | None, help="read it a second time, with windows that lie this many tokens apart and overlap")
+    evaluate.add_argument(
+        "--split", choices=SPLITS, default="validation", help="which rows to read"
+    )
+    evaluate.add_argument(
+        "--stride",
+        type=int | None,
+        help="read it a second time, with windows that lie this many tokens apart and overlap",
+    )
 
-    generate = command("generate RUN PROMPT [--FIELD VALUE ...]", "Continue a prompt. Settings left out are those of the run's configuration.")
+    generate = command(
+        "generate RUN PROMPT [--FIELD VALUE ...]",
+        "Continue a prompt. Settings left out are those of the run's configuration.",
+    )
     generate.add_argument("RUN", help="a run folder, or tiny, the run that comes with the package")
-    generate.add_argument("PROMPT", help="text to go on from, such as ' =' for a new article; before one that begins with -, put --")
+    generate.add_argument(
+        "PROMPT",
+        help=(
+            "text to go on from, such as ' =' for a new article; before one that begins with -,"
+            " put --"
+        ),
+    )
     add_fields(generate, SampleConfig)
 
-    compare = command("compare RUN PROMPT [--FIELD VALUE ...]", "Continue a prompt with several strategies, side by side. What a strategy does not set is taken as for generate.")
+    compare = command(
+        "compare RUN PROMPT [--FIELD VALUE ...]",
+        "Continue a prompt with several strategies, side by side. What a strategy does not set is"
+        " taken as for generate.",
+    )
     compare.add_argument("RUN", help="a run folder, or tiny, the run that comes with the package")
     compare.add_argument("PROMPT", help="text to go on from")
     add_fields(compare, SampleConfig)
 
-    export = command("export RUN DIR", "Write a run as a folder that Hugging Face's transformers open as GPT-2, with a model card.")
+    export = command(
+        "export RUN DIR",
+        "Write a run as a folder that Hugging Face's transformers open as GPT-2, with a model"
+        " card.",
+    )
     export.add_argument("RUN", help="a run folder, or tiny, the run that comes with the package")
     export.add_argument("DIR", help="the folder to write: a new or an empty one")
 
-    runs = command("runs [FOLDER]", "The runs in a folder side by side, as a table and as curves in one picture.")
+    runs = command(
+        "runs [FOLDER]",
+        "The runs in a folder side by side, as a table and as curves in one picture.",
+    )
     runs.add_argument("FOLDER", nargs="?", default="runs", help="a folder of run folders")
 
-    serve = command("serve RUN [--config FILE] [--FIELD VALUE ...]", "Answer over HTTP, by OpenAI's API for completions, until SIGTERM or Ctrl-C. Clients must show the key in TINYTRANSFORMER_KEY, if there is one.")
+    serve = command(
+        "serve RUN [--config FILE] [--FIELD VALUE ...]",
+        "Answer over HTTP, by OpenAI's API for completions, until SIGTERM or Ctrl-C. Clients must"
+        " show the key in TINYTRANSFORMER_KEY, if there is one.",
+    )
     serve.add_argument("RUN", help="a run folder, or tiny, the run that comes with the package")
-    serve.add_argument("--config", type=str | None, help="a YAML file with a section serve; options override it")
-    if serving: add_fields(serve, serve_config(), skip={"key"})
+    serve.add_argument(
+        "--config", type=str | None, help="a YAML file with a section serve; options override it"
+    )
+    if serving:
+        add_fields(serve, serve_config(), skip={"key"})
 
-    for name, sub in dict(prepare=prepare, train=train, evaluate=evaluate, generate=generate, compare=compare, export=export, runs=runs, serve=serve).items(): commands.add_subcommand(name, sub, help=sub.description)
+    for name, sub in dict(
+        prepare=prepare,
+        train=train,
+        evaluate=evaluate,
+        generate=generate,
+        compare=compare,
+        export=export,
+        runs=runs,
+        serve=serve,
+    ).items():
+        commands.add_subcommand(name, sub, help=sub.description)
     return parser
 
 # %% ../nbs/appendix/command_line.ipynb #5431802a
-def readable_config(
-    name: str,
-) -> str:  # the path of its YAML file
+def readable_config(name: str) -> str:  # the path of its YAML file
     "Let `tiny` mean the packaged file of that name, and make sure that the file can be read."
     path = config_file(name)
     read_config(path)
     return str(path)
 
+
 def unfinished(
     name: str | None,  # of a configuration; None for any
-) -> list[Path]:       # the newest first
+) -> list[Path]:  # the newest first
     "Runs below `runs/` that were begun, are not complete, and that nobody is training."
-    found = [f.parent for f in Path("runs").glob("[!.]*/config.yaml") if state_of(f.parent) == "stopped"]
-    return sorted((run for run in found if not name or re.fullmatch(rf"{re.escape(name)}(-\d+)?", run.name)), key=lambda run: -(run/"config.yaml").stat().st_mtime)
+    found = [
+        f.parent for f in Path("runs").glob("[!.]*/config.yaml") if state_of(f.parent) == "stopped"
+    ]
+    return sorted(
+        (run for run in found if not name or re.fullmatch(rf"{re.escape(name)}(-\d+)?", run.name)),
+        key=lambda run: -(run / "config.yaml").stat().st_mtime,
+    )
 
-def resumable(
-    args: list[str],  # of train
-) -> list[str]:
-    "The same command line with a folder after `--resume`, and with the configuration of that run unless another is given."
-    def value(option): return next((arg for before, arg in zip(args, args[1:]) if before == option), None)
+
+def resumable(args: list[str]) -> list[str]:  # of train
+    """The same command line with a folder after `--resume`, and with the configuration of that run
+    unless another is given.
+    """
+
+    def value(option):
+        return next((arg for before, arg in zip(args, args[1:]) if before == option), None)
+
     run, config, folder = value("--resume"), value("--config"), value("--folder")
-    if run is None: return args
-    check(run == "auto" or folder is None, f"--resume {run} names the folder already: leave --folder {folder} out")
-    rest = [arg for before, arg in zip([None, *args], args) if arg != "--resume" and before != "--resume"]
+    if run is None:
+        return args
+    check(
+        run == "auto" or folder is None,
+        f"--resume {run} names the folder already: leave --folder {folder} out",
+    )
+    rest = [
+        arg
+        for before, arg in zip([None, *args], args)
+        if arg != "--resume" and before != "--resume"
+    ]
     if run == "auto":
-        runs = [Path(folder)] if folder and (Path(folder)/"config.yaml").exists() else [] if folder else unfinished(config and Path(config).stem)
-        check(runs or config, "there is nothing to resume: no run in runs/ was begun and is not complete; give --config to begin one")
-        if not runs: return rest
+        runs = (
+            [Path(folder)]
+            if folder and (Path(folder) / "config.yaml").exists()
+            else []
+            if folder
+            else unfinished(config and Path(config).stem)
+        )
+        check(
+            runs or config,
+            "there is nothing to resume: no run in runs/ was begun and is not complete; give"
+            " --config to begin one",
+        )
+        if not runs:
+            return rest
         run = str(runs[0])
-    check(run not in TRAINED or Path(run).is_dir(), f"{run} comes with the package and stays as it is: train your own with --config {run}")
-    check((Path(run)/"config.yaml").is_file(), f"there is nothing to resume in {run}: it holds no config.yaml")
-    return ["--config", str(Path(run)/"config.yaml"), "--resume", run, *rest] if not config else [*rest, "--resume", run]
+    check(
+        run not in TRAINED or Path(run).is_dir(),
+        f"{run} comes with the package and stays as it is: train your own with --config {run}",
+    )
+    check(
+        (Path(run) / "config.yaml").is_file(),
+        f"there is nothing to resume in {run}: it holds no config.yaml",
+    )
+    return (
+        ["--config", str(Path(run) / "config.yaml"), "--resume", run, *rest]
+        if not config
+        else [*rest, "--resume", run]
+    )
 
-def config_paths(
-    args: list[str],
-) -> list[str]:
+
+def config_paths(args: list[str]) -> list[str]:
     "The same command line with a path after `--config`, and after `--resume` the folder it means."
-    if not args or args[0] not in ("prepare", "train"): return args
-    rest = [part for arg in args[1:] for part in (arg.split("=", 1) if arg.startswith(("--config=", "--resume=", "--folder=")) else [arg])]
-    if args[0] == "train": rest = resumable(rest)
-    rest = [os.path.expanduser(arg) if before in ("--folder", "--resume") else arg for before, arg in zip([None, *rest], rest)]
-    return [args[0], *(readable_config(arg) if before == "--config" else arg for before, arg in zip([None, *rest], rest))]
+    if not args or args[0] not in ("prepare", "train"):
+        return args
+    rest = [
+        part
+        for arg in args[1:]
+        for part in (
+            arg.split("=", 1) if arg.startswith(("--config=", "--resume=", "--folder=")) else [arg]
+        )
+    ]
+    if args[0] == "train":
+        rest = resumable(rest)
+    rest = [
+        os.path.expanduser(arg) if before in ("--folder", "--resume") else arg
+        for before, arg in zip([None, *rest], rest)
+    ]
+    return [
+        args[0],
+        *(
+            readable_config(arg) if before == "--config" else arg
+            for before, arg in zip([None, *rest], rest)
+        ),
+    ]
+
 
 def parse(
     args: list[str],
 ) -> tuple[str, Namespace]:  # the command, and its settings with dataclasses in place of sections
     "Read a command line."
-    check(args and (args[0] in COMMANDS or args[0].startswith("-")), f"{'there is no command ' + repr(args[0]) if args else 'a command is missing'}: give one of {', '.join(COMMANDS)}")
+    check(
+        args and (args[0] in COMMANDS or args[0].startswith("-")),
+        f"{'there is no command ' + repr(args[0]) if args else 'a command is missing'}: give one of"
+        f" {', '.join(COMMANDS)}",
+    )
     parser, args = make_parser(args[:1] == ["serve"]), config_paths(args)
     cfg = parser.instantiate(parser.parse_args(args))
     settings = cfg[cfg.subcommand]
     if cfg.subcommand in ("prepare", "train"):
-        check(settings.config, f"--config is missing: give {', '.join(PACKAGED)}, or the path of a YAML file")
-        if settings.model.from_hf:  # what a file says of the shape gives way; what is typed must agree
+        check(
+            settings.config,
+            f"--config is missing: give {', '.join(PACKAGED)}, or the path of a YAML file",
+        )
+        # what a file says of the shape gives way; what is typed must agree
+        if settings.model.from_hf:
             typed = [arg[2:].split("=")[0] for arg in args if re.match(r"--(data|model)\.", arg)]
-            settings.data, settings.model = begun_from(settings.data, settings.model, Path(settings.resume) if settings.get("resume") else None, typed)
-    if cfg.subcommand in ("generate", "compare", "serve"): settings.given = parser.parse_args(args, defaults=False)[cfg.subcommand].as_dict()
+            settings.data, settings.model = begun_from(
+                settings.data,
+                settings.model,
+                Path(settings.resume) if settings.get("resume") else None,
+                typed,
+            )
+    if cfg.subcommand in ("generate", "compare", "serve"):
+        settings.given = parser.parse_args(args, defaults=False)[cfg.subcommand].as_dict()
     return cfg.subcommand, settings
 
 # %% ../nbs/appendix/command_line.ipynb #6312bd2f
@@ -166,171 +357,299 @@ def prepare_command(cfg: Namespace) -> None:
     corpus = prepare(cfg.data)
     for split in SPLITS:
         about = corpus.about[split]
-        print(f"{split:10}  {about['rows']:>8,} rows  {about['words']:>10,} words  {about['tokens']:>10,} tokens")
-    print(f"vocabulary of {corpus.vocab_size:,} tokens; kept in {cfg.data.data_dir}/raw and {cfg.data.data_dir}/processed")
+        print(
+            f"{split:10}  {about['rows']:>8,} rows  {about['words']:>10,} words "
+            f" {about['tokens']:>10,} tokens"
+        )
+    print(
+        f"vocabulary of {corpus.vocab_size:,} tokens; kept in {cfg.data.data_dir}/raw and"
+        f" {cfg.data.data_dir}/processed"
+    )
 
 # %% ../nbs/appendix/command_line.ipynb #3b52175c
-def new_folder(
-    name: str,  # of the configuration
-) -> Path:
+def new_folder(name: str) -> Path:  # of the configuration
     "`runs/name`, or the first of `runs/name-2`, `runs/name-3`, ... that is not there yet."
     for k in count(1):
-        path = Path("runs")/(name if k == 1 else f"{name}-{k}")
+        path = Path("runs") / (name if k == 1 else f"{name}-{k}")
         with suppress(FileExistsError):
             path.mkdir(parents=True)  # of two that begin at the same moment, one gets it
             return path
 
+
 def unseen_titles(
     corpus: Corpus,
-    seq_len: int,  # tokens that a prompt may have
-    n: int = 3,    # at most
+    seq_len: int,
+    n: int = 3,  # tokens that a prompt may have  # at most
 ) -> list[str]:
-    "Title rows at the beginning of the validation split, to write articles for; where none fits, its first token."
+    """Title rows at the beginning of the validation split, to write articles for; where none fits,
+    its first token.
+    """
     decode, stream = corpus.tokenizer.decode, corpus.streams["validation"]
     titles = re.findall(r"(?m)^ = [^=\n]+ = \n", decode(stream[:20_000].tolist()))
-    return [title for title in titles if len(corpus.tokenizer.encode(title, add_special_tokens=False).ids) <= seq_len][:n] or [decode(stream[:1].tolist())]
+    return [
+        title
+        for title in titles
+        if len(corpus.tokenizer.encode(title, add_special_tokens=False).ids) <= seq_len
+    ][:n] or [decode(stream[:1].tolist())]
 
-def first_article(
-    text: str,
-) -> str:
+
+def first_article(text: str) -> str:
     "The text up to where its second article begins."
     return re.split(r"\n(?= = [^=])", text)[0]
 
-def progress_lines(
-    max_steps: int,
-) -> Callable[[dict], None]:  # gets the row of each step
+
+def progress_lines(max_steps: int) -> Callable[[dict], None]:  # gets the row of each step
     "Where there is no terminal for a bar, one line at each look at the validation split."
     began = None
+
     def log(row):
         nonlocal began
         began = began or (time.monotonic(), row["step"])
-        if "val_loss" not in row: return
-        seconds = (time.monotonic() - began[0]) / max(1, row["step"] - began[1]) * (max_steps - row["step"])
-        with suppress(OSError): print(f"step {row['step']}/{max_steps}  loss {row['loss']:.3f}  validation {row['val_loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  "
-              f"{seconds // 60:.0f}:{seconds % 60:02.0f} left", file=sys.stderr)
+        if "val_loss" not in row:
+            return
+        seconds = (
+            (time.monotonic() - began[0])
+            / max(1, row["step"] - began[1])
+            * (max_steps - row["step"])
+        )
+        with suppress(OSError):
+            print(
+                f"step {row['step']}/{max_steps}  loss {row['loss']:.3f}  validation"
+                f" {row['val_loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s "
+                f" {seconds // 60:.0f}:{seconds % 60:02.0f} left",
+                file=sys.stderr,
+            )
+
     return log
 
+
 def train_command(cfg: Namespace) -> None:
-    "Train, then show what the model learned: articles for titles it has not seen, and its loss beside the floor."
+    """Train, then show what the model learned: articles for titles it has not seen, and its loss
+    beside the floor.
+    """
     corpus = prepare(cfg.data)
     titles = unseen_titles(corpus, cfg.model.seq_len)
-    def article(model, title): return first_article(complete(model, corpus.tokenizer, title, cfg.sample)[0])
-    run = Path(cfg.resume or cfg.folder or on_main(lambda: new_folder(Path(str(cfg.config[-1])).stem)))
+
+    def article(model, title):
+        return first_article(complete(model, corpus.tokenizer, title, cfg.sample)[0])
+
+    run = Path(
+        cfg.resume or cfg.folder or on_main(lambda: new_folder(Path(str(cfg.config[-1])).stem))
+    )
     log = (lambda row: None) if sys.stderr.isatty() else progress_lines(cfg.train.max_steps)
-    atexit.register(processes().destroy_process_group)  # once all is said: it takes its time, and a launcher does not wait
-    try: trained = train_run(run, cfg.data, cfg.model, cfg.train, resume=bool(cfg.resume), log=log, write=lambda model: article(model, titles[0]), sections=dict(sample=cfg.sample))
+    # once all is said: it takes its time, and a launcher does not wait
+    atexit.register(processes().destroy_process_group)
+    try:
+        trained = train_run(
+            run,
+            cfg.data,
+            cfg.model,
+            cfg.train,
+            resume=bool(cfg.resume),
+            log=log,
+            write=lambda model: article(model, titles[0]),
+            sections=dict(sample=cfg.sample),
+        )
     except InputError:
-        with suppress(OSError): run.rmdir()  # refused before anything was written
+        with suppress(OSError):
+            run.rmdir()  # refused before anything was written
         raise
     except Stopped as stopped:
-        if processes().is_main_process: print(f"tinytransformer: {stopped}; go on with: tinytransformer train --resume {shlex.quote(str(run))}", file=sys.stderr)
+        if processes().is_main_process:
+            print(
+                f"tinytransformer: {stopped}; go on with: tinytransformer train --resume"
+                f" {shlex.quote(str(run))}",
+                file=sys.stderr,
+            )
         sys.exit(128 + stopped.number)  # as a shell has it: 130 after Ctrl-C, 143 after SIGTERM
-    if not processes().is_main_process: return
+    if not processes().is_main_process:
+        return
     articles = [article(trained.model, title) for title in titles]
     print("\n\n".join(articles), end="\n\n")
-    print("\n".join(training_report(trained, json.loads((run/"summary.json").read_text()), articles)))
+    print(
+        "\n".join(
+            training_report(trained, json.loads((run / "summary.json").read_text()), articles)
+        )
+    )
+
 
 def training_report(
     run: Run,
-    summary: dict,        # what summary.json holds
+    summary: dict,  # what summary.json holds
     articles: list[str],  # that the model has written
 ) -> list[str]:
     "What a training came to, in a few lines; for TinyWiki beside what can be reached."
-    lines = [f"{count_parameters(run.model):,} parameters, best after {summary['best_step']} of {summary['steps']} steps: validation loss {summary['val_loss']:.3f} nats per token in separate blocks, "
-             f"perplexity {summary['perplexity']:.2f} per token, {summary['word_perplexity']:.2f} per word, {summary['bits_per_byte']:.3f} bits per byte"]
+    lines = [
+        f"{count_parameters(run.model):,} parameters, best after {summary['best_step']} of"
+        f" {summary['steps']} steps: validation loss {summary['val_loss']:.3f} nats per token in"
+        f" separate blocks, perplexity {summary['perplexity']:.2f} per token,"
+        f" {summary['word_perplexity']:.2f} per word, {summary['bits_per_byte']:.3f} bits per byte"
+    ]
     if summary["floor"]:
         agree = sum(bool(tinywiki.continuations(tinywiki.WIKI, text)) for text in articles)
-        lines.append(f"with sliding windows, where nearly every token has its article before it: {summary['sliding_loss']:.3f}; the entropy floor is {summary['floor']:.3f}")
-        lines.append(f"facts recalled: {summary['fact_recall']:.1%}; of the {len(articles)} articles above, {agree} agree with themselves in every fact")
-        if not near_floor(summary): lines.append(f"A model can come within {EXCESS} nats of the floor and recall {RECALL:.0%} of the facts, and this one does not: train for longer (--train.max_steps), or with another --train.seed.")
+        lines.append(
+            "with sliding windows, where nearly every token has its article before it:"
+            f" {summary['sliding_loss']:.3f}; the entropy floor is {summary['floor']:.3f}"
+        )
+        lines.append(
+            f"facts recalled: {summary['fact_recall']:.1%}; of the {len(articles)} articles above,"
+            f" {agree} agree with themselves in every fact"
+        )
+        if not near_floor(summary):
+            lines.append(
+                f"A model can come within {EXCESS} nats of the floor and recall {RECALL:.0%} of the"
+                " facts, and this one does not: train for longer (--train.max_steps), or with"
+                " another --train.seed."
+            )
     return [*lines, f"everything is kept in {run.folder}"]
-
 
 # %% ../nbs/appendix/command_line.ipynb #8cfeebba
 def evaluate_command(cfg: Namespace) -> None:
     "One split, read whole."
     run = load_run(cfg.RUN)
     corpus = prepare(DataConfig(**run.config["data"]))
-    check(same_text(run.checkpoint, dict(data=corpus.fingerprint, tokens=corpus.content)), f"{cfg.RUN} was trained on other data than what is in {run.config['data']['data_dir']} now: train again")
+    check(
+        same_text(run.checkpoint, dict(data=corpus.fingerprint, tokens=corpus.content)),
+        f"{cfg.RUN} was trained on other data than what is in {run.config['data']['data_dir']} now:"
+        " train again",
+    )
     about, floor = corpus.about[cfg.split], corpus.floor(cfg.split)
-    kept = run.folder/"evaluation.json"
+    kept = run.folder / "evaluation.json"
     found = read_json(kept)
     T = min(run.model.cfg.seq_len, about["tokens"] - 1)
-    check(cfg.stride is None or 1 <= cfg.stride <= T, f"stride is {cfg.stride}: give 1 to {T}, the tokens that a window has")
-    print(f"{'split':11} {'windows':14} {'tokens':>9} {'loss':>7} {'floor':>7} {'perplexity':>11} {'per word':>9} {'bits/byte':>9}")
-    for name, stride in ({"side by side": None} | ({} if cfg.stride is None else {f"stride {cfg.stride}": cfg.stride})).items():
+    check(
+        cfg.stride is None or 1 <= cfg.stride <= T,
+        f"stride is {cfg.stride}: give 1 to {T}, the tokens that a window has",
+    )
+    print(
+        f"{'split':11} {'windows':14} {'tokens':>9} {'loss':>7} {'floor':>7} {'perplexity':>11}"
+        f" {'per word':>9} {'bits/byte':>9}"
+    )
+    for name, stride in (
+        {"side by side": None}
+        | ({} if cfg.stride is None else {f"stride {cfg.stride}": cfg.stride})
+    ).items():
         loss = evaluate(run.model, corpus.streams[cfg.split], stride=stride)
-        row = dict(step=run.checkpoint["step"], tokens=about["tokens"], loss=loss, floor=floor, **perplexities(loss, about))
+        row = dict(
+            step=run.checkpoint["step"],
+            tokens=about["tokens"],
+            loss=loss,
+            floor=floor,
+            **perplexities(loss, about),
+        )
         found.setdefault(cfg.split, {})[name] = row
-        print(f"{cfg.split:11} {name:14} {about['tokens']:>9,} {loss:7.3f} {f'{floor:7.3f}' if floor else '      -'} {row['perplexity']:11.2f} {row['word_perplexity']:9.2f} {row['bits_per_byte']:9.3f}")
-    if run.folder not in TRAINED.values(): write_whole(kept, json.dumps(found, indent=1))  # what comes with the package stays as it is
+        print(
+            f"{cfg.split:11} {name:14} {about['tokens']:>9,} {loss:7.3f}"
+            f" {f'{floor:7.3f}' if floor else '      -'} {row['perplexity']:11.2f}"
+            f" {row['word_perplexity']:9.2f} {row['bits_per_byte']:9.3f}"
+        )
+    # what comes with the package stays as it is
+    if run.folder not in TRAINED.values():
+        write_whole(kept, json.dumps(found, indent=1))
+
 
 def generate_command(cfg: Namespace) -> None:
     "Continue a prompt."
     run = load_run(cfg.RUN)
     print(cfg.PROMPT, end="", flush=True)
-    for piece in stream(run.model, run.tokenizer, cfg.PROMPT, sample_config(cfg, run)): print(piece, end="", flush=True)
+    for piece in stream(run.model, run.tokenizer, cfg.PROMPT, sample_config(cfg, run)):
+        print(piece, end="", flush=True)
     print()
 
-def sample_config(
-    cfg: Namespace,
-    run: Run,
-) -> SampleConfig:
+
+def sample_config(cfg: Namespace, run: Run) -> SampleConfig:
     "The settings of the run, with those of the command line put over them."
-    own = {field: cfg.given[field] for field in SampleConfig.__dataclass_fields__ if field in cfg.given}
+    own = {
+        field: cfg.given[field] for field in SampleConfig.__dataclass_fields__ if field in cfg.given
+    }
     return make_config(SampleConfig, "sample", run.config.get("sample", {}) | own)
+
 
 def export_command(cfg: Namespace) -> None:
     "The run as others read it."
     from transformers.utils import logging
+
     from tinytransformer.hf import export
-    if not sys.stderr.isatty(): logging.disable_progress_bar()
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     export(load_run(cfg.RUN), cfg.DIR)
-    print(f"{cfg.DIR} holds the model, its tokenizer and a card; in Python: AutoModelForCausalLM.from_pretrained({cfg.DIR!r})")
+    print(
+        f"{cfg.DIR} holds the model, its tokenizer and a card; in Python:"
+        f" AutoModelForCausalLM.from_pretrained({cfg.DIR!r})"
+    )
+
 
 def compare_command(cfg: Namespace) -> None:
     "What each strategy writes, with three numbers."
     run = load_run(cfg.RUN)
     found = compare(run.model, run.tokenizer, cfg.PROMPT, sample_config(cfg, run))
     print(f"{'strategy':16} {'perplexity':>10}  {'repetition':>10}  {'diversity':>9}")
-    for row in found: print(f"{row['name']:16} {row['perplexity']:10.2f}  {row['repetition']:10.0%}  {row['diversity']:9.0%}")
-    for row in found: print(f"\n--- {row['name']} ---\n{cfg.PROMPT}{row['text']}")
+    for row in found:
+        print(
+            f"{row['name']:16} {row['perplexity']:10.2f}  {row['repetition']:10.0%} "
+            f" {row['diversity']:9.0%}"
+        )
+    for row in found:
+        print(f"\n--- {row['name']} ---\n{cfg.PROMPT}{row['text']}")
+
 
 def serve_config() -> type:
     "The settings of the server, whose packages are an extra."
-    try: from tinytransformer.serve import ServeConfig
-    except ModuleNotFoundError as error: raise InputError(f"serve needs {error.name}, which is not installed: pip install 'tinytransformer[serve]'") from error
+    try:
+        from tinytransformer.serve import ServeConfig
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"serve needs {error.name}, which is not installed: pip install"
+            " 'tinytransformer[serve]'"
+        ) from error
     return ServeConfig
+
 
 def serve_command(cfg: Namespace) -> None:
     "Answer over HTTP."
     from tinytransformer.serve import serve
-    own = {field: cfg.given[field] for field in serve_config().__dataclass_fields__ if field in cfg.given}
+
+    own = {
+        field: cfg.given[field]
+        for field in serve_config().__dataclass_fields__
+        if field in cfg.given
+    }
     said = read_config(cfg.config).get("serve", {}) if cfg.config else {}
     serve(load_run(cfg.RUN), make_config(serve_config(), "serve", said | own))
 
 # %% ../nbs/appendix/command_line.ipynb #af76797b
-def describe(
-    run: Path,
-) -> dict:  # column -> value
+def describe(run: Path) -> dict:  # column -> value
     "One run in a row of the table."
-    config, rows = read_config(run/"config.yaml"), read_rows(run/"metrics.jsonl")
+    config, rows = read_config(run / "config.yaml"), read_rows(run / "metrics.jsonl")
     looks = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
-    summary = read_json(run/"summary.json")
+    summary = read_json(run / "summary.json")
     tokens = config["train"]["batch_size"] * config["model"]["seq_len"]
     speeds = [row["tokens_per_second"] for row in rows]
-    return dict(run=run.name, state=state_of(run), steps=f"{rows[-1]['step'] if rows else 0}/{config['train']['max_steps']}",
-                parameters=f"{sum(parameter_formula(ModelConfig(**config['model'])).values()):,}", train=f"{rows[-1]['loss']:.3f}" if rows and rows[-1]["loss"] is not None else "-",
-                validation=f"{min(looks):.3f}" if looks else "-", floor=f"{summary['floor']:.3f}" if summary.get("floor") else "-",
-                per_word=f"{summary['word_perplexity']:.2f}" if summary else "-", tokens_per_s=f"{median(speeds):,.0f}" if rows else "-",
-                minutes=f"{sum(tokens / speed for speed in speeds) / 60:.1f}")
+    return dict(
+        run=run.name,
+        state=state_of(run),
+        steps=f"{rows[-1]['step'] if rows else 0}/{config['train']['max_steps']}",
+        parameters=f"{sum(parameter_formula(ModelConfig(**config['model'])).values()):,}",
+        train=f"{rows[-1]['loss']:.3f}" if rows and rows[-1]["loss"] is not None else "-",
+        validation=f"{min(looks):.3f}" if looks else "-",
+        floor=f"{summary['floor']:.3f}" if summary.get("floor") else "-",
+        per_word=f"{summary['word_perplexity']:.2f}" if summary else "-",
+        tokens_per_s=f"{median(speeds):,.0f}" if rows else "-",
+        minutes=f"{sum(tokens / speed for speed in speeds) / 60:.1f}",
+    )
+
 
 def state_of(run: Path) -> str:
     "complete, training (someone holds its lock), or stopped."
-    if (run/"summary.json").exists(): return "complete"
+    if (run / "summary.json").exists():
+        return "complete"
     try:
-        with FileLock(run/".lock", blocking=False): return "stopped"
-    except Timeout: return "training"
+        with FileLock(run / ".lock", blocking=False):
+            return "stopped"
+    except Timeout:
+        return "training"
+
 
 def runs_command(cfg: Namespace) -> None:
     "All runs of a folder in a table, and their curves in one picture."
@@ -338,79 +657,157 @@ def runs_command(cfg: Namespace) -> None:
     check(runs, f"there are no runs in {cfg.FOLDER}: train one, or give the folder that holds them")
     table = []
     for run in list(runs):
-        try: table.append(describe(run))
+        try:
+            table.append(describe(run))
         except (InputError, KeyError, TypeError) as error:  # whatever an edited file may lack
             runs.remove(run)
-            print(f"tinytransformer: {run} is left out, its files are damaged: {one_line(error)}", file=sys.stderr)
-    if not table: return
+            print(
+                f"tinytransformer: {run} is left out, its files are damaged: {one_line(error)}",
+                file=sys.stderr,
+            )
+    if not table:
+        return
     width = {column: max(len(column), *(len(row[column]) for row in table)) for column in table[0]}
     for row in [{column: column.replace("_", " ") for column in width}, *table]:
-        print("  ".join(value.ljust(width[column]) if column in ("run", "state") else value.rjust(width[column]) for column, value in row.items()))
+        print(
+            "  ".join(
+                (
+                    value.ljust(width[column])
+                    if column in ("run", "state")
+                    else value.rjust(width[column])
+                )
+                for column, value in row.items()
+            )
+        )
     picture = io.BytesIO()
     plot_runs(runs).savefig(picture, dpi=120, bbox_inches="tight", format="png")
-    write_whole(Path(cfg.FOLDER)/"curves.png", picture.getvalue())
-    print(f"\ncurves are drawn in {Path(cfg.FOLDER)/'curves.png'}")
+    write_whole(Path(cfg.FOLDER) / "curves.png", picture.getvalue())
+    print(f"\ncurves are drawn in {Path(cfg.FOLDER) / 'curves.png'}")
 
-def plot_runs(
-    runs: list[Path],
-):  # a matplotlib figure
+
+def plot_runs(runs: list[Path]):  # a matplotlib figure
     "Validation loss of several runs against the step, with their training losses behind it."
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     for run in runs:
-        rows = [row for row in read_rows(run/"metrics.jsonl") if row["loss"] is not None]
+        rows = [row for row in read_rows(run / "metrics.jsonl") if row["loss"] is not None]
         looks = [row for row in rows if row.get("val_loss") is not None]
-        line, = axes.plot([row["step"] for row in looks], [row["val_loss"] for row in looks], "o-", ms=3, label=run.name)
-        axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], lw=0.5, alpha=0.3, color=line.get_color())
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="validation loss (dots) and training loss (thin)", ylim=(0, None))
-    for text in axes.legend(fontsize=8).get_texts(): text.set_parse_math(False)  # a $ is a $
+        (line,) = axes.plot(
+            [row["step"] for row in looks],
+            [row["val_loss"] for row in looks],
+            "o-",
+            ms=3,
+            label=run.name,
+        )
+        axes.plot(
+            [row["step"] for row in rows],
+            [row["loss"] for row in rows],
+            lw=0.5,
+            alpha=0.3,
+            color=line.get_color(),
+        )
+    axes.set(
+        xlabel="step",
+        ylabel="loss (nats per token)",
+        title="validation loss (dots) and training loss (thin)",
+        ylim=(0, None),
+    )
+    for text in axes.legend(fontsize=8).get_texts():
+        text.set_parse_math(False)  # a $ is a $
     return figure
 
 # %% ../nbs/appendix/command_line.ipynb #30746972
-def one_line(
-    error: Exception,
-) -> str:
+def one_line(error: Exception) -> str:
     "What went wrong, without line breaks or repr's debris."
-    if isinstance(error, OSError) and error.strerror: return (f"{error.strerror}: {error.filename}" if error.filename else error.strerror) + "; put that right, then run the same command again"
+    if isinstance(error, OSError) and error.strerror:
+        return (
+            f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        ) + "; put that right, then run the same command again"
     text = " ".join(str(error).split())
-    wrong_type = re.match(r'Parser key "(?P<key>\S+)": .*(?:Got|Given) value: ?(?P<value>.*)$', text)
-    if not wrong_type: return re.sub(r"^argument |(evaluate|generate|compare|export|serve)\.(?=RUN|PROMPT|DIR)", "", text)
+    wrong_type = re.match(
+        r'Parser key "(?P<key>\S+)": .*(?:Got|Given) value: ?(?P<value>.*)$', text
+    )
+    if not wrong_type:
+        return re.sub(
+            r"^argument |(evaluate|generate|compare|export|serve)\.(?=RUN|PROMPT|DIR)", "", text
+        )
     section, _, field = wrong_type["key"].rpartition(".")
-    wanted = SECTIONS.get(section, SampleConfig).__annotations__.get(field, int if field == "stride" else None) or (named := re.search(r"Expected a <class '(\w+)'>", text)) and named[1]
-    return f"{wrong_type['key']} is {wrong_type['value']!r}: give {wanted.__name__ if isinstance(wanted, type) else wanted}" if wanted else text
+    wanted = (
+        SECTIONS.get(section, SampleConfig).__annotations__.get(
+            field, int if field == "stride" else None
+        )
+        or (named := re.search(r"Expected a <class '(\w+)'>", text))
+        and named[1]
+    )
+    return (
+        f"{wrong_type['key']} is {wrong_type['value']!r}: give"
+        f" {wanted.__name__ if isinstance(wanted, type) else wanted}"
+        if wanted
+        else text
+    )
+
 
 def process_name() -> str:
     "Which of several processes speaks; nothing where there is one, or for the first."
     return f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
 
-OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")  # how PyTorch says it on a CPU, in a RuntimeError
+
+# how PyTorch says it on a CPU, in a RuntimeError
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+)
+
 
 def out_of_memory(error: Exception) -> bool:
     "Whether memory has run out, of the machine or of a GPU."
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error) for words in OUT_OF_MEMORY
+    )
 
-def main(
-    args: list[str] | None = None,  # the command line, if not the process's own
-) -> None:
+
+def main(args: list[str] | None = None) -> None:  # the command line, if not the process's own
     "The command `tinytransformer`; with `--traceback`, errors also show where they came from."
-    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ?
+    # a terminal that lacks a character shows ?
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     args = list(sys.argv[1:] if args is None else args)
     show_traceback = "--traceback" in args
     args = [arg for arg in args if arg != "--traceback"]
+
     def refuse(message: str) -> None:
-        if show_traceback: traceback.print_exc()
+        if show_traceback:
+            traceback.print_exc()
         sys.exit(f"tinytransformer{process_name()}: {message}")
+
     try:
         command, cfg = parse(args)
-        with fast_products(): dict(prepare=prepare_command, train=train_command, evaluate=evaluate_command, generate=generate_command, compare=compare_command, export=export_command, runs=runs_command, serve=serve_command)[command](cfg)
+        with fast_products():
+            dict(
+                prepare=prepare_command,
+                train=train_command,
+                evaluate=evaluate_command,
+                generate=generate_command,
+                compare=compare_command,
+                export=export_command,
+                runs=runs_command,
+                serve=serve_command,
+            )[command](cfg)
         sys.stdout.flush()
-    except Elsewhere: sys.exit(1)  # process 0 says it
-    except BrokenPipeError:  # the reader of the output has gone, as in `... | head`: no reason for a word
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+    except Elsewhere:
+        sys.exit(1)  # process 0 says it
+    # the reader of the output has gone, as in `... | head`: no reason for a word
+    except BrokenPipeError:
+        # or Python complains at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except (InputError, ArgumentError, OSError) as error: refuse(one_line(error))
+    except (InputError, ArgumentError, OSError) as error:
+        refuse(one_line(error))
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error): raise
+        if not out_of_memory(error):
+            raise
         refuse("there is not enough memory for this: choose a smaller model, batch or vocabulary")
-    except KeyboardInterrupt: sys.exit(128 + signal.SIGINT)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -10,7 +10,14 @@ __all__ = ['SPLITS', 'STREAM_TYPES', 'FULL_OR_READ_ONLY', 'NOT_ALLOWED', 'InputE
            'is_current', 'is_about', 'load_corpus', 'prepare']
 
 # %% ../nbs/00_data.ipynb #11fa601d
-import errno, hashlib, io, json, os, re, shutil, sys
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,32 +36,48 @@ SPLITS = ("train", "validation", "test")
 
 # %% ../nbs/00_data.ipynb #b1928abc
 class InputError(ValueError):
-    "Something its user can put right, told in one line: what was wrong, what was found, what to do."
+    """Something its user can put right, told in one line: what was wrong, what was found, what to
+    do.
+    """
+
 
 def check(ok: bool, message: str) -> None:
     "Raise `InputError(message)` unless `ok`."
-    if not ok: raise InputError(message)
+    if not ok:
+        raise InputError(message)
 
 # %% ../nbs/00_data.ipynb #a58bc9c2
 def train_bpe(
     rows: Sequence[str],  # the train split; nothing else may shape the vocabulary
-    vocab_size: int,      # tokens wanted, the 256 bytes included
+    vocab_size: int,  # tokens wanted, the 256 bytes included
 ) -> Tokenizer:
-    "A byte-level BPE tokenizer learned from `rows` (Sennrich et al., 2016; bytes as in GPT-2, Radford et al., 2019)."
+    """A byte-level BPE tokenizer learned from `rows` (Sennrich et al., 2016; bytes as in GPT-2,
+    Radford et al., 2019).
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(rows, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        rows,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     found = tokenizer.get_vocab_size()
-    check(found == vocab_size, f"data.vocab_size is {vocab_size}, but the text has only {found} different pieces: give {found} or less")
+    check(
+        found == vocab_size,
+        f"data.vocab_size is {vocab_size}, but the text has only {found} different pieces: give"
+        f" {found} or less",
+    )
     return tokenizer
 
 # %% ../nbs/00_data.ipynb #2b86c315
 STREAM_TYPES = (torch.uint8, torch.uint16, torch.int32)
 
-def smallest_dtype(
-    vocab_size: int,
-) -> torch.dtype:
+
+def smallest_dtype(vocab_size: int) -> torch.dtype:
     "The smallest integer type that holds the ids 0 to `vocab_size - 1`."
     return next(t for t in STREAM_TYPES if vocab_size - 1 <= torch.iinfo(t).max)
 
@@ -67,37 +90,49 @@ def encode_rows(
     "Tokenize each row on its own, a thousand at a time, and join them into one stream."
     dtype = smallest_dtype(tokenizer.get_vocab_size())
     parts = [torch.empty(0, dtype=dtype)]
-    with tqdm(total=len(rows), desc=f"tokenizing {name}", unit="row", disable=None) as bar:  # None: only in a terminal
+    # None: only in a terminal
+    with tqdm(total=len(rows), desc=f"tokenizing {name}", unit="row", disable=None) as bar:
         for start in range(0, len(rows), 1000):
-            batch = rows[start:start + 1000]
-            ids = [i for row in tokenizer.encode_batch_fast(batch, add_special_tokens=False) for i in row.ids]
+            batch = rows[start : start + 1000]
+            ids = [
+                i
+                for row in tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+                for i in row.ids
+            ]
             parts.append(torch.tensor(ids, dtype=dtype))
             bar.update(len(batch))
     return torch.cat(parts)
 
 # %% ../nbs/00_data.ipynb #212bbece
-def count_words(
-    rows: Sequence[str],
-) -> int:
-    "Words split at white space, plus one `<eos>` a row, as the word-level WikiText benchmark counts them."
+def count_words(rows: Sequence[str]) -> int:
+    """Words split at white space, plus one `<eos>` a row, as the word-level WikiText benchmark
+    counts them.
+    """
     return sum(len(row.split()) + 1 for row in rows)
 
 # %% ../nbs/00_data.ipynb #9f3dfce3
 class Blocks(Dataset):
-    "A stream of N tokens as floor((N-1)/T) blocks that do not overlap: `x` (T,) and `y` (T,), the same stream one step later."
-    def __init__(self,
-        stream: torch.Tensor,  # (N,) token ids
-        seq_len: int,          # T
-    ):
+    """A stream of N tokens as floor((N-1)/T) blocks that do not overlap: `x` (T,) and `y` (T,), the
+    same stream one step later.
+    """
+
+    def __init__(self, stream: torch.Tensor, seq_len: int):  # (N,) token ids  # T
         check(seq_len >= 1, f"seq_len is {seq_len}: give at least 1")
-        check(len(stream) > seq_len, f"the text has {len(stream)} tokens, but one block needs {seq_len + 1}: choose a longer text or a smaller seq_len")
+        check(
+            len(stream) > seq_len,
+            f"the text has {len(stream)} tokens, but one block needs {seq_len + 1}: choose a longer"
+            " text or a smaller seq_len",
+        )
         self.stream, self.seq_len = stream, seq_len
 
-    def __len__(self) -> int: return (len(self.stream) - 1) // self.seq_len
+    def __len__(self) -> int:
+        return (len(self.stream) - 1) // self.seq_len
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if not 0 <= i < len(self): raise IndexError(f"block {i} of {len(self)}")
-        tokens = self.stream[i * self.seq_len:(i + 1) * self.seq_len + 1].long()  # T + 1 of them: y is x shifted by one
+        if not 0 <= i < len(self):
+            raise IndexError(f"block {i} of {len(self)}")
+        # T + 1 of them: y is x shifted by one
+        tokens = self.stream[i * self.seq_len : (i + 1) * self.seq_len + 1].long()
         return tokens[:-1], tokens[1:]
 
 # %% ../nbs/00_data.ipynb #ce55562b
@@ -105,31 +140,64 @@ def is_hub_name(
     name: str,
     parts: int = 2,  # 2 for `owner/name`, 1 for the name of a subset
 ) -> bool:
-    "Whether `name` has the Hub's form: letters, digits, `-`, `_` and single dots, up to 96 in each part."
+    """Whether `name` has the Hub's form: letters, digits, `-`, `_` and single dots, up to 96 in
+    each part.
+    """
     found = name.split("/")
-    return len(found) == parts and all(len(part) <= 96 and re.fullmatch(r"\w(\.?[\w-])*", part, re.ASCII) for part in found)
+    return len(found) == parts and all(
+        len(part) <= 96 and re.fullmatch(r"\w(\.?[\w-])*", part, re.ASCII) for part in found
+    )
 
 # %% ../nbs/00_data.ipynb #7f5a2277
 @dataclass
 class DataConfig:
     "Which text, which tokenizer, and where both are kept."
-    dataset: str = "tinywiki"   # `tinywiki`, written here, or a dataset of the Hub, `owner/name`
-    subset: str | None = None   # the configuration of the Hub's dataset
-    articles: int = 10000       # TinyWiki only: articles in the train split; a tenth as many in each of the others
-    seed: int = 0               # TinyWiki only: seed of its articles
-    tokenizer: str = "bpe"      # `bpe`, trained here on the train split, or a tokenizer that is there: the Hub's `owner/name`, or the full path of a model's folder
-    vocab_size: int = 1024      # tokens in the vocabulary; a tokenizer that is there must have exactly as many
-    data_dir: str = "data"      # folder that holds raw/ and processed/
+
+    dataset: str = "tinywiki"  # `tinywiki`, written here, or a dataset of the Hub, `owner/name`
+    subset: str | None = None  # the configuration of the Hub's dataset
+    # TinyWiki only: articles in the train split; a tenth as many in each of the others
+    articles: int = 10000
+    seed: int = 0  # TinyWiki only: seed of its articles
+    # `bpe`, trained here on the train split, or a tokenizer that is there: the Hub's `owner/name`,
+    # or the full path of a model's folder
+    tokenizer: str = "bpe"
+    # tokens in the vocabulary; a tokenizer that is there must have exactly as many
+    vocab_size: int = 1024
+    data_dir: str = "data"  # folder that holds raw/ and processed/
 
     def __post_init__(self):
-        check(self.dataset == "tinywiki" or is_hub_name(self.dataset), f"data.dataset is {self.dataset!r}: give tinywiki or the Hub's owner/name")
-        check(self.subset is None or self.dataset != "tinywiki", f"data.subset is {self.subset!r}, but tinywiki has no subsets: leave it out, or give null")
-        check(self.subset is None or is_hub_name(self.subset, parts=1), f"data.subset is {self.subset!r}: give a name such as wikitext-2-raw-v1, or leave it out")
-        check(10 <= self.articles <= 40_000, f"data.articles is {self.articles}: give 10 to 40000; beyond that TinyWiki's titles get scarce")
+        check(
+            self.dataset == "tinywiki" or is_hub_name(self.dataset),
+            f"data.dataset is {self.dataset!r}: give tinywiki or the Hub's owner/name",
+        )
+        check(
+            self.subset is None or self.dataset != "tinywiki",
+            f"data.subset is {self.subset!r}, but tinywiki has no subsets: leave it out, or give"
+            " null",
+        )
+        check(
+            self.subset is None or is_hub_name(self.subset, parts=1),
+            f"data.subset is {self.subset!r}: give a name such as wikitext-2-raw-v1, or leave"
+            " it out",
+        )
+        check(
+            10 <= self.articles <= 40_000,
+            f"data.articles is {self.articles}: give 10 to 40000; beyond that TinyWiki's titles get"
+            " scarce",
+        )
         check(self.seed >= 0, f"data.seed is {self.seed}: give 0 or more")
-        check(self.tokenizer == "bpe" or is_hub_name(self.tokenizer) or os.path.isabs(self.tokenizer), f"data.tokenizer is {self.tokenizer!r}: give bpe or the Hub's owner/name")
-        check(self.tokenizer != "bpe" or 256 <= self.vocab_size <= 2**20, f"data.vocab_size is {self.vocab_size}: give 256, one for each byte, to {2**20}")
-        check(self.data_dir and "\0" not in self.data_dir, f"data.data_dir is {self.data_dir!r}: give the path of a folder")
+        check(
+            self.tokenizer == "bpe" or is_hub_name(self.tokenizer) or os.path.isabs(self.tokenizer),
+            f"data.tokenizer is {self.tokenizer!r}: give bpe or the Hub's owner/name",
+        )
+        check(
+            self.tokenizer != "bpe" or 256 <= self.vocab_size <= 2**20,
+            f"data.vocab_size is {self.vocab_size}: give 256, one for each byte, to {2**20}",
+        )
+        check(
+            self.data_dir and "\0" not in self.data_dir,
+            f"data.data_dir is {self.data_dir!r}: give the path of a folder",
+        )
         self.data_dir = os.path.expanduser(self.data_dir)  # ~ is the home
 
 # %% ../nbs/00_data.ipynb #b0728168
@@ -140,50 +208,79 @@ def write_whole(path: str | Path, data: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        with temporary.open("rb+") as file: os.fsync(file.fileno())  # on the disk before it gets its name: a power cut leaves no empty file
+        # on the disk before it gets its name: a power cut leaves no empty file
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
 
-FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # only a write meets these
-NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
 
-def is_write_error(
-    error: OSError,
-    folder: Path,  # that was to be written
-) -> bool:
-    "Whether `error` says that `folder` can't be written, and not that something was missing, broken or far away."
-    if error.errno in FULL_OR_READ_ONLY: return True
-    if not isinstance(error.filename, str | bytes | os.PathLike): return False
+# only a write meets these
+FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+NOT_ALLOWED = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+)
+
+
+def is_write_error(error: OSError, folder: Path) -> bool:  # that was to be written
+    """Whether `error` says that `folder` can't be written, and not that something was missing,
+    broken or far away.
+    """
+    if error.errno in FULL_OR_READ_ONLY:
+        return True
+    if not isinstance(error.filename, str | bytes | os.PathLike):
+        return False
     refused, folder = Path(os.fsdecode(error.filename)).absolute(), folder.absolute()
-    if error.errno == errno.ENOENT: return folder.is_relative_to(refused)  # it can't be made; a file missing below it is something else
-    return error.errno in NOT_ALLOWED and (refused.is_relative_to(folder) or folder.is_relative_to(refused))
+    # it can't be made; a file missing below it is something else
+    if error.errno == errno.ENOENT:
+        return folder.is_relative_to(refused)
+    return error.errno in NOT_ALLOWED and (
+        refused.is_relative_to(folder) or folder.is_relative_to(refused)
+    )
 
 # %% ../nbs/00_data.ipynb #f3487a68
-def discard(
-    path: Path,  # a file, a link or a folder; or nothing at all
-) -> None:
+def discard(path: Path) -> None:  # a file, a link or a folder; or nothing at all
     "Delete what stands under `path`; of a link the link alone."
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
-    else: path.unlink(missing_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
 
 @contextmanager
 def whole_folder(
-    folder: Path,                  # where the folder is to appear
+    folder: Path,  # where the folder is to appear
     previous: Path | None = None,  # where the one that stood there goes; left out, it is deleted
 ) -> Iterator[Path]:
-    "A folder written whole or not at all: fill the temporary one it gives; a body that ends well renames it."
+    """A folder written whole or not at all: fill the temporary one it gives; a body that ends well
+    renames it.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for path in list(folder.parent.iterdir()):
-        if re.fullmatch(rf"\.{re.escape(folder.name)}\.\d+(\.old)?", path.name): discard(path)  # left over by a killed run
-    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}{end}") for end in ("", ".old"))
+        # left over by a killed run
+        if re.fullmatch(rf"\.{re.escape(folder.name)}\.\d+(\.old)?", path.name):
+            discard(path)
+    temporary, old = (
+        folder.with_name(f".{folder.name}.{os.getpid()}{end}") for end in ("", ".old")
+    )
     temporary.mkdir()
     try:
         yield temporary
-        if previous and folder.exists(): discard(previous)
-        if folder.exists(): folder.rename(previous or old)  # moved, not emptied: a run killed here leaves no half of it under its name
+        if previous and folder.exists():
+            discard(previous)
+        # moved, not emptied: a run killed here leaves no half of it under its name
+        if folder.exists():
+            folder.rename(previous or old)
         temporary.rename(folder)
     finally:
-        for left_over in (temporary, old): discard(left_over)
+        for left_over in (temporary, old):
+            discard(left_over)
 
 # %% ../nbs/00_data.ipynb #98d32289
 def digest(*parts: str | bytes) -> str:
@@ -195,82 +292,122 @@ def digest(*parts: str | bytes) -> str:
     return h.hexdigest()[:16]
 
 # %% ../nbs/00_data.ipynb #7988db38
-def raw_dir(
-    cfg: DataConfig,
-) -> Path:  # `data/raw/<name>`
-    "Where the untouched rows of `cfg` live; TinyWiki's name holds a digest of all that determines its text."
+def raw_dir(cfg: DataConfig) -> Path:  # `data/raw/<name>`
+    """Where the untouched rows of `cfg` live; TinyWiki's name holds a digest of all that determines
+    its text.
+    """
     name = cfg.subset or cfg.dataset.split("/")[-1]
-    if cfg.dataset == "tinywiki": name += "-" + digest(f"{cfg.articles} {cfg.seed}", Path(tinywiki.__file__).read_bytes())[:8]
-    return Path(cfg.data_dir)/"raw"/name
+    if cfg.dataset == "tinywiki":
+        name += "-" + digest(f"{cfg.articles} {cfg.seed}", Path(tinywiki.__file__).read_bytes())[:8]
+    return Path(cfg.data_dir) / "raw" / name
 
 # %% ../nbs/00_data.ipynb #7ba4927e
 def fetch_rows(
     cfg: DataConfig,
 ):  # a `datasets.DatasetDict` with a `text` column; TinyWiki adds `nats`, what each row's choices cost
     "The rows of every split: written by TinyWiki, or downloaded from the Hub."
-    import datasets, huggingface_hub
-    huggingface_hub.logging.set_verbosity_error()  # it retries on its own; what it says of each try would bury our line
+    import datasets
+    import huggingface_hub
+
+    # it retries on its own; what it says of each try would bury our line
+    huggingface_hub.logging.set_verbosity_error()
     if cfg.dataset == "tinywiki":
         sizes = dict(zip(SPLITS, (cfg.articles, cfg.articles // 10, cfg.articles // 10)))
-        return datasets.DatasetDict({split: datasets.Dataset.from_dict(rows) for split, rows in tinywiki.splits(sizes, cfg.seed).items()})
-    try: rows = datasets.load_dataset(cfg.dataset, cfg.subset)
-    except Exception as error: raise hub_error(f"{cfg.dataset} {cfg.subset or ''}".strip(), error) from error
+        return datasets.DatasetDict(
+            {
+                split: datasets.Dataset.from_dict(rows)
+                for split, rows in tinywiki.splits(sizes, cfg.seed).items()
+            }
+        )
+    try:
+        rows = datasets.load_dataset(cfg.dataset, cfg.subset)
+    except Exception as error:
+        raise hub_error(f"{cfg.dataset} {cfg.subset or ''}".strip(), error) from error
     for split in SPLITS:
-        check(split in rows and len(rows[split]) > 0, f"{cfg.dataset} has no rows in its {split} split: choose a dataset with {', '.join(SPLITS)}")
-        check("text" in rows[split].column_names, f"{cfg.dataset} has no column named text, only {', '.join(rows[split].column_names)}: choose another dataset")
+        check(
+            split in rows and len(rows[split]) > 0,
+            f"{cfg.dataset} has no rows in its {split} split: choose a dataset with"
+            f" {', '.join(SPLITS)}",
+        )
+        check(
+            "text" in rows[split].column_names,
+            f"{cfg.dataset} has no column named text, only {', '.join(rows[split].column_names)}:"
+            " choose another dataset",
+        )
     return rows
+
 
 def hub_error(name: str, error: Exception) -> InputError:
     "One line for the many ways in which the Hub's client fails."
     cause = error
-    while cause.__cause__: cause = cause.__cause__  # the client wraps what really happened
+    while cause.__cause__:
+        cause = cause.__cause__  # the client wraps what really happened
     reason = next(iter(str(cause).strip().splitlines()), "")
-    return InputError(f"could not get {name} from the Hub ({type(cause).__name__}: {reason[:200]}): "
-                      "check the name, the connection and the room on the disk, then run the same command again")
+    return InputError(
+        f"could not get {name} from the Hub ({type(cause).__name__}: {reason[:200]}): "
+        "check the name, the connection and the room on the disk, then run the same command again"
+    )
 
 # %% ../nbs/00_data.ipynb #84d95c5d
 @contextmanager
-def data_lock(
-    cfg: DataConfig,
-) -> Iterator[None]:
-    "Held by the one that writes below `data_dir`; whoever holds it may take it again. Where nothing can be written, that is said in one line."
+def data_lock(cfg: DataConfig) -> Iterator[None]:
+    """Held by the one that writes below `data_dir`; whoever holds it may take it again. Where
+    nothing can be written, that is said in one line.
+    """
     try:
         Path(cfg.data_dir).mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(cfg.data_dir)/".lock", is_singleton=True): yield
+        with FileLock(Path(cfg.data_dir) / ".lock", is_singleton=True):
+            yield
     except OSError as error:
-        if not is_write_error(error, Path(cfg.data_dir)): raise
+        if not is_write_error(error, Path(cfg.data_dir)):
+            raise
         where, why = error.filename or cfg.data_dir, error.strerror or error
-        raise InputError(f"cannot write {where} ({why}): let data.data_dir be a folder that you may write to, on a disk with room") from error
+        raise InputError(
+            f"cannot write {where} ({why}): let data.data_dir be a folder that you may write to, on"
+            " a disk with room"
+        ) from error
 
 # %% ../nbs/00_data.ipynb #af7e33a4
-def raw_rows(
-    cfg: DataConfig,
-):  # a `datasets.DatasetDict`
+def raw_rows(cfg: DataConfig):  # a `datasets.DatasetDict`
     "The rows from `data/raw`, fetched and saved there the first time, and never touched again."
     import datasets
+
     folder, source = raw_dir(cfg), dict(dataset=cfg.dataset, subset=cfg.subset)
-    if not sys.stderr.isatty(): datasets.disable_progress_bars()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     with data_lock(cfg):
         if not folder.exists():
             rows = fetch_rows(cfg)
             with whole_folder(folder) as temporary:
                 rows.save_to_disk(temporary)
-                write_whole(temporary/"source.json", json.dumps(source))
+                write_whole(temporary / "source.json", json.dumps(source))
     try:
-        rows, found = datasets.load_from_disk(folder), json.loads((folder/"source.json").read_text())
-        for split in SPLITS: rows[split]["text"]  # all there
-    except Exception as error: raise InputError(f"{folder} is damaged ({type(error).__name__}): delete it and run again, and its rows are fetched anew") from error
-    check(found == source, f"{folder} holds the rows of another dataset, {found}: give another data.data_dir")
+        rows, found = (
+            datasets.load_from_disk(folder),
+            json.loads((folder / "source.json").read_text()),
+        )
+        for split in SPLITS:
+            rows[split]["text"]  # all there
+    except Exception as error:
+        raise InputError(
+            f"{folder} is damaged ({type(error).__name__}): delete it and run again, and its rows"
+            " are fetched anew"
+        ) from error
+    check(
+        found == source,
+        f"{folder} holds the rows of another dataset, {found}: give another data.data_dir",
+    )
     return rows
 
 # %% ../nbs/00_data.ipynb #2d995d56
-def hub_tokenizer(
-    name: str,  # `owner/name` on the Hub, or a folder
-) -> Tokenizer:
+def hub_tokenizer(name: str) -> Tokenizer:  # `owner/name` on the Hub, or a folder
     "The fast tokenizer of the model `name`, through `transformers`."
     from transformers import AutoTokenizer
-    try: tokenizer = AutoTokenizer.from_pretrained(name).backend_tokenizer
-    except Exception as error: raise hub_error(f"the tokenizer {name}", error) from error
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name).backend_tokenizer
+    except Exception as error:
+        raise hub_error(f"the tokenizer {name}", error) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -282,113 +419,174 @@ def save_tokens(path: Path, tokens: torch.Tensor, mark: str) -> None:
     torch.save(dict(tokens=tokens, fingerprint=mark), buffer)
     write_whole(path, buffer.getvalue())
 
+
 def load_tokens(
     path: Path,
-    mark: str,  # the fingerprint it must have
-    n: int,     # the tokens it must hold
+    mark: str,
+    n: int,  # the fingerprint it must have  # the tokens it must hold
 ) -> torch.Tensor:  # (N,)
     "Map a stream into memory, after checking that it is whole and the one that belongs here."
-    try: saved = torch.load(path, mmap=True, weights_only=True)
-    except Exception as error: raise InputError(f"{path} is missing or damaged ({type(error).__name__}): delete {path.parent} and run again") from error
-    check(isinstance(saved, dict) and saved.get("fingerprint") == mark, f"{path} was not made from this text and tokenizer: delete {path.parent} and run again")
+    try:
+        saved = torch.load(path, mmap=True, weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"{path} is missing or damaged ({type(error).__name__}): delete {path.parent} and run"
+            " again"
+        ) from error
+    check(
+        isinstance(saved, dict) and saved.get("fingerprint") == mark,
+        f"{path} was not made from this text and tokenizer: delete {path.parent} and run again",
+    )
     tokens = saved.get("tokens")
-    check(isinstance(tokens, torch.Tensor) and tokens.dtype in STREAM_TYPES and tokens.shape == (n,), f"{path} does not hold {n} tokens: delete {path.parent} and run again")
+    check(
+        isinstance(tokens, torch.Tensor) and tokens.dtype in STREAM_TYPES and tokens.shape == (n,),
+        f"{path} does not hold {n} tokens: delete {path.parent} and run again",
+    )
     return tokens
 
 # %% ../nbs/00_data.ipynb #6e115b6c
-def processed_dir(
-    cfg: DataConfig,
-) -> Path:  # `data/processed/<rows>_<tokenizer>`
+def processed_dir(cfg: DataConfig) -> Path:  # `data/processed/<rows>_<tokenizer>`
     "Where the token tensors of `cfg` live."
     tokenizer = f"bpe{cfg.vocab_size}" if cfg.tokenizer == "bpe" else cfg.tokenizer.split("/")[-1]
-    return Path(cfg.data_dir)/"processed"/f"{raw_dir(cfg).name}_{tokenizer}"
+    return Path(cfg.data_dir) / "processed" / f"{raw_dir(cfg).name}_{tokenizer}"
 
-def fingerprint(
-    cfg: DataConfig,
-    folder: Path,  # holds the tokenizer.json
-) -> str:
-    "A digest of everything the token tensors depend on: raw rows, tokenizer and settings. Where they lie does not matter."
-    settings = {k: v for k, v in asdict(cfg).items() if k != "data_dir"} | dict(format=2)  # of about.json; raised when that holds more
+
+def fingerprint(cfg: DataConfig, folder: Path) -> str:  # holds the tokenizer.json
+    """A digest of everything the token tensors depend on: raw rows, tokenizer and settings. Where
+    they lie does not matter.
+    """
+    # of about.json; raised when that holds more
+    settings = {k: v for k, v in asdict(cfg).items() if k != "data_dir"} | dict(format=2)
     rows = [f.read_bytes() for f in sorted(raw_dir(cfg).rglob("*.arrow"))]
-    return digest(json.dumps(settings, sort_keys=True), (folder/"tokenizer.json").read_bytes(), *rows)
+    return digest(
+        json.dumps(settings, sort_keys=True), (folder / "tokenizer.json").read_bytes(), *rows
+    )
 
 # %% ../nbs/00_data.ipynb #2e6d56c2
 @dataclass
 class Corpus:
-    "A prepared text: its tokenizer, one stream of tokens for each split, and what is known about the text."
+    """A prepared text: its tokenizer, one stream of tokens for each split, and what is known about
+    the text.
+    """
+
     tokenizer: Tokenizer
     streams: dict[str, torch.Tensor]  # split -> (N,) token ids, memory-mapped
-    about: dict[str, dict]            # split -> rows, words, bytes, tokens and, for TinyWiki, nats
-    fingerprint: str                  # of rows, tokenizer and settings
+    about: dict[str, dict]  # split -> rows, words, bytes, tokens and, for TinyWiki, nats
+    fingerprint: str  # of rows, tokenizer and settings
 
     @property
-    def vocab_size(self) -> int: return self.tokenizer.get_vocab_size()
+    def vocab_size(self) -> int:
+        return self.tokenizer.get_vocab_size()
 
     @property
     def content(self) -> str:
-        "A digest of the tokens themselves: the same wherever the same text was prepared, whatever wrote the files."
+        """A digest of the tokens themselves: the same wherever the same text was prepared, whatever
+        wrote the files.
+        """
         return digest(*(self.streams[split].numpy().tobytes() for split in SPLITS))
 
     def floor(self, split: str) -> float | None:
-        "The entropy of the split in nats per token, where it is known: no model can be expected to do better."
+        """The entropy of the split in nats per token, where it is known: no model can be expected
+        to do better.
+        """
         nats = self.about[split].get("nats")
         return nats and nats / len(self.streams[split])
 
 # %% ../nbs/00_data.ipynb #55eed8de
-def build_corpus(
-    cfg: DataConfig,
-) -> None:
+def build_corpus(cfg: DataConfig) -> None:
     "Make the tokenizer and the token tensors of `cfg` from its raw rows."
     rows = raw_rows(cfg)
     texts = {split: list(rows[split]["text"]) for split in SPLITS}
-    tokenizer = train_bpe(texts["train"], cfg.vocab_size) if cfg.tokenizer == "bpe" else hub_tokenizer(cfg.tokenizer)
+    tokenizer = (
+        train_bpe(texts["train"], cfg.vocab_size)
+        if cfg.tokenizer == "bpe"
+        else hub_tokenizer(cfg.tokenizer)
+    )
     size = tokenizer.get_vocab_size()
-    check(size == cfg.vocab_size, f"data.vocab_size is {cfg.vocab_size}, but the tokenizer {cfg.tokenizer} has {size} tokens: give {size}")
+    check(
+        size == cfg.vocab_size,
+        f"data.vocab_size is {cfg.vocab_size}, but the tokenizer {cfg.tokenizer} has {size} tokens:"
+        f" give {size}",
+    )
     with whole_folder(processed_dir(cfg)) as folder:
-        write_whole(folder/"tokenizer.json", tokenizer.to_str(pretty=True))
+        write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
         mark, about = fingerprint(cfg, folder), {}
         for split in SPLITS:
             tokens = encode_rows(texts[split], tokenizer, split)
-            check(len(tokens) > 0, f"the {split} split of {cfg.dataset} has {len(texts[split])} rows but no text: choose another dataset")
-            save_tokens(folder/f"{split}.pt", tokens, mark)
+            check(
+                len(tokens) > 0,
+                f"the {split} split of {cfg.dataset} has {len(texts[split])} rows but no text:"
+                " choose another dataset",
+            )
+            save_tokens(folder / f"{split}.pt", tokens, mark)
             n_bytes = sum(len(row.encode()) for row in texts[split])
-            about[split] = dict(rows=len(texts[split]), words=count_words(texts[split]), bytes=n_bytes, tokens=len(tokens))
-            if "nats" in rows[split].column_names: about[split]["nats"] = sum(rows[split]["nats"])
-        write_whole(folder/"about.json", json.dumps(dict(fingerprint=mark, splits=about), indent=1))
+            about[split] = dict(
+                rows=len(texts[split]),
+                words=count_words(texts[split]),
+                bytes=n_bytes,
+                tokens=len(tokens),
+            )
+            if "nats" in rows[split].column_names:
+                about[split]["nats"] = sum(rows[split]["nats"])
+        write_whole(
+            folder / "about.json", json.dumps(dict(fingerprint=mark, splits=about), indent=1)
+        )
 
 # %% ../nbs/00_data.ipynb #b235c5c9
-def is_current(
-    cfg: DataConfig,
-    folder: Path,  # of processed tensors
-) -> bool:
-    "Whether the tensors in `folder` were made from exactly the rows, tokenizer and settings of `cfg`."
-    try: return json.loads((folder/"about.json").read_text())["fingerprint"] == fingerprint(cfg, folder)
-    except (OSError, ValueError, KeyError, TypeError): return False
+def is_current(cfg: DataConfig, folder: Path) -> bool:  # of processed tensors
+    """Whether the tensors in `folder` were made from exactly the rows, tokenizer and settings of
+    `cfg`.
+    """
+    try:
+        return json.loads((folder / "about.json").read_text())["fingerprint"] == fingerprint(
+            cfg, folder
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
-def is_about(
-    about: dict,  # what about.json says of one split
-) -> bool:
+
+def is_about(about: dict) -> bool:  # what about.json says of one split
     "Whether it holds what a `Corpus` needs: four counts above zero and, if they are known, nats."
-    counts, nats = [about[name] for name in ("rows", "words", "bytes", "tokens")], about.get("nats", 1.0)
-    return all(type(n) is int and n > 0 for n in counts) and isinstance(nats, int | float) and 0 < nats < float("inf")
+    counts, nats = (
+        [about[name] for name in ("rows", "words", "bytes", "tokens")],
+        about.get("nats", 1.0),
+    )
+    return (
+        all(type(n) is int and n > 0 for n in counts)
+        and isinstance(nats, int | float)
+        and 0 < nats < float("inf")
+    )
 
-def load_corpus(
-    folder: Path,  # of processed tensors
-) -> Corpus:
+
+def load_corpus(folder: Path) -> Corpus:  # of processed tensors
     "Open prepared tensors; the streams stay on disk until a block is read."
     try:
-        about = json.loads((folder/"about.json").read_text())
+        about = json.loads((folder / "about.json").read_text())
         mark, splits = about["fingerprint"], {split: about["splits"][split] for split in SPLITS}
-        if not all(map(is_about, splits.values())): raise ValueError("not the numbers of a split")
-        tokenizer = Tokenizer.from_file(str(folder/"tokenizer.json"))
-    except Exception as error: raise InputError(f"{folder} is missing or damaged ({type(error).__name__}): delete it and run again") from error
-    return Corpus(tokenizer, {split: load_tokens(folder/f"{split}.pt", mark, splits[split]["tokens"]) for split in SPLITS}, splits, mark)
+        if not all(map(is_about, splits.values())):
+            raise ValueError("not the numbers of a split")
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:
+        raise InputError(
+            f"{folder} is missing or damaged ({type(error).__name__}): delete it and run again"
+        ) from error
+    return Corpus(
+        tokenizer,
+        {
+            split: load_tokens(folder / f"{split}.pt", mark, splits[split]["tokens"])
+            for split in SPLITS
+        },
+        splits,
+        mark,
+    )
 
-def prepare(
-    cfg: DataConfig,
-) -> Corpus:
-    "The text of `cfg` as tokens: opened if they are on disk and still right, made first if not. One process at a time."
+
+def prepare(cfg: DataConfig) -> Corpus:
+    """The text of `cfg` as tokens: opened if they are on disk and still right, made first if not.
+    One process at a time.
+    """
     folder = processed_dir(cfg)
     with data_lock(cfg):
-        if not is_current(cfg, folder): build_corpus(cfg)
+        if not is_current(cfg, folder):
+            build_corpus(cfg)
         return load_corpus(folder)

@@ -13,40 +13,48 @@ from torch.nn import functional as F
 from .data import check
 
 # %% ../nbs/01_embeddings.ipynb #59fa6732
-def drop(
-    x: torch.Tensor,  # of any shape
-    p: float,         # share to zero, below 1
-) -> torch.Tensor:
+def drop(x: torch.Tensor, p: float) -> torch.Tensor:  # of any shape  # share to zero, below 1
     "Zero a share of the values and divide the rest by 1 - p (Srivastava et al., 2014)."
-    if p == 0: return x
-    if x.device.type != "cpu": return F.dropout(x, p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)  # from -2**63 on: all 64 of them
-    zeroed = round(p * 2**16)                                                        # of the 65,536 values that 16 bits have
-    kept = bits.view(torch.int16)[:x.numel()].view(x.shape) >= zeroed - 2**15        # as int16 they begin at -2**15
+    if p == 0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    # from -2**63 on: all 64 of them
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    zeroed = round(p * 2**16)  # of the 65,536 values that 16 bits have
+    # as int16 they begin at -2**15
+    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= zeroed - 2**15
     return x * (kept * (2**16 / (2**16 - zeroed))).to(x.dtype)
+
 
 class Dropout(nn.Dropout):
     "`drop` while training, nothing in use."
-    def forward(self, x: torch.Tensor) -> torch.Tensor: return drop(x, self.p) if self.training else x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return drop(x, self.p) if self.training else x
 
 # %% ../nbs/01_embeddings.ipynb #548b2044
-def check_ids(
-    x: torch.Tensor,  # token ids of any shape
-    vocab_size: int,
-) -> None:
+def check_ids(x: torch.Tensor, vocab_size: int) -> None:  # token ids of any shape
     "Raise `InputError` unless every id is in 0 to `vocab_size - 1`."
     bad = x[(x < 0) | (x >= vocab_size)]
-    check(len(bad) == 0, f"token id {bad[0] if len(bad) else ''} is outside the vocabulary of {vocab_size}: was the text prepared with another tokenizer?")
+    check(
+        len(bad) == 0,
+        f"token id {bad[0] if len(bad) else ''} is outside the vocabulary of {vocab_size}: was the"
+        " text prepared with another tokenizer?",
+    )
 
 # %% ../nbs/01_embeddings.ipynb #f8376ba3
 class Embeddings(nn.Module):
     "Token embedding plus learned position embedding: ids (B, T) -> vectors (B, T, C)."
-    def __init__(self,
-        vocab_size: int,         # V, number of different tokens
-        seq_len: int,            # the longest T
-        embed_dim: int,          # C
-        dropout: float = 0.0,    # share of values zeroed while training
-        positions: bool = True,  # False: tokens alone, for a model whose attention is told the order
+
+    def __init__(
+        self,
+        vocab_size: int,  # V, number of different tokens
+        seq_len: int,  # the longest T
+        embed_dim: int,  # C
+        dropout: float = 0.0,  # share of values zeroed while training
+        # False: tokens alone, for a model whose attention is told the order
+        positions: bool = True,
     ):
         super().__init__()
         self.seq_len = seq_len
@@ -54,28 +62,37 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(seq_len, embed_dim) if positions else None
         self.dropout = Dropout(dropout)
 
-    def at(self,
-        x: torch.Tensor,       # (B, T) token ids
+    def at(
+        self,
+        x: torch.Tensor,  # (B, T) token ids
         places: torch.Tensor,  # (T,) or (B, T) where they stand
-    ) -> torch.Tensor:         # (B, T, C)
+    ) -> torch.Tensor:  # (B, T, C)
         "The vectors of tokens at any places, without dropout."
         return self.token(x) if self.position is None else self.token(x) + self.position(places)
 
-    def forward(self,
-        x: torch.Tensor,  # (B, T) token ids
-    ) -> torch.Tensor:    # (B, T, C)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T) token ids  # (B, T, C)
         T = x.shape[1]
-        check(T <= self.seq_len, f"{T} tokens do not fit into the context of {self.seq_len}: give at most {self.seq_len}")
-        if x.device.type == "cpu": check_ids(x, self.token.num_embeddings)  # a GPU would have to wait for this answer, and its lookup fails by itself
+        check(
+            T <= self.seq_len,
+            f"{T} tokens do not fit into the context of {self.seq_len}: give at most"
+            f" {self.seq_len}",
+        )
+        # a GPU would have to wait for this answer, and its lookup fails by itself
+        if x.device.type == "cpu":
+            check_ids(x, self.token.num_embeddings)
         return self.dropout(self.at(x, torch.arange(T, device=x.device)))
 
 # %% ../nbs/01_embeddings.ipynb #5e3ed942
-def sinusoids(
-    seq_len: int,    # T
-    embed_dim: int,  # C, even
-) -> torch.Tensor:   # (T, C), from -1 to 1
-    "Position vectors by formula: pairs of sine and cosine, slower from pair to pair (Vaswani et al., 2017, sec. 3.5)."
-    check(embed_dim % 2 == 0, f"embed_dim is {embed_dim}, but sinusoids come in pairs: give an even number")
-    frequencies = 10000 ** (-torch.arange(0, embed_dim, 2, dtype=torch.float64) / embed_dim)    # (C / 2,)
-    angles = torch.arange(seq_len)[:, None] * frequencies                                       # (T, C / 2)
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).float()                 # sin, cos, sin, cos, ...
+def sinusoids(seq_len: int, embed_dim: int) -> torch.Tensor:  # T  # C, even  # (T, C), from -1 to 1
+    """Position vectors by formula: pairs of sine and cosine, slower from pair to pair (Vaswani et
+    al., 2017, sec. 3.5).
+    """
+    check(
+        embed_dim % 2 == 0,
+        f"embed_dim is {embed_dim}, but sinusoids come in pairs: give an even number",
+    )
+    # (C / 2,)
+    frequencies = 10000 ** (-torch.arange(0, embed_dim, 2, dtype=torch.float64) / embed_dim)
+    angles = torch.arange(seq_len)[:, None] * frequencies  # (T, C / 2)
+    # sin, cos, sin, cos, ...
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).float()

@@ -23,60 +23,71 @@ from .model import Transformer
 
 # %% ../nbs/06_generate.ipynb #edff2d64
 def keep_top_k(
-    logits: torch.Tensor,  # (B, V)
-    k: int,
-) -> torch.Tensor:         # (B, V), all but the k largest at -inf
+    logits: torch.Tensor,
+    k: int,  # (B, V)
+) -> torch.Tensor:  # (B, V), all but the k largest at -inf
     "The k likeliest tokens (Fan et al., 2018); tokens that tie with the k-th stay too."
     least = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
     return logits.masked_fill(logits < least, float("-inf"))
 
 # %% ../nbs/06_generate.ipynb #5fffec05
 def keep_mass(
-    logits: torch.Tensor,    # (B, V)
-    badness: torch.Tensor,   # (B, V) what to go through from the least up
+    logits: torch.Tensor,  # (B, V)
+    badness: torch.Tensor,  # (B, V) what to go through from the least up
     p: float,
-) -> torch.Tensor:           # (B, V), the rest at -inf
+) -> torch.Tensor:  # (B, V), the rest at -inf
     "The first tokens in this order whose probabilities together reach p."
-    if p >= 1: return logits  # a rounded sum can reach 1 before the last token
+    if p >= 1:
+        return logits  # a rounded sum can reach 1 before the last token
     order = badness.sort(stable=True).indices
     probabilities = logits.softmax(dim=-1).gather(1, order)
-    before = probabilities.cumsum(dim=-1) - probabilities      # what those ahead hold already
-    beyond = (before >= p) & (before > 0)                      # nothing is ahead of the first one: it stays, even where p is rounded to 0
+    before = probabilities.cumsum(dim=-1) - probabilities  # what those ahead hold already
+    # nothing is ahead of the first one: it stays, even where p is rounded to 0
+    beyond = (before >= p) & (before > 0)
     outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, beyond)
     return logits.masked_fill(outside, float("-inf"))
 
+
 def keep_top_p(
-    logits: torch.Tensor,  # (B, V)
-    p: float,
-) -> torch.Tensor:         # (B, V), the tail at -inf
-    "The nucleus: the fewest likeliest tokens whose probabilities together reach p (Holtzman et al., 2020)."
+    logits: torch.Tensor,
+    p: float,  # (B, V)
+) -> torch.Tensor:  # (B, V), the tail at -inf
+    """The nucleus: the fewest likeliest tokens whose probabilities together reach p (Holtzman et
+    al., 2020).
+    """
     return keep_mass(logits, -logits, p)
 
 # %% ../nbs/06_generate.ipynb #18c78ee7
 def keep_min_p(
-    logits: torch.Tensor,  # (B, V)
-    m: float,              # above 0
-) -> torch.Tensor:         # (B, V), the rest at -inf
+    logits: torch.Tensor,
+    m: float,  # (B, V)  # above 0
+) -> torch.Tensor:  # (B, V), the rest at -inf
     "Tokens at least m times as likely as the likeliest one (Nguyen et al., 2024)."
-    return logits.masked_fill(logits < logits.max(dim=-1, keepdim=True).values + math.log(m), float("-inf"))
+    return logits.masked_fill(
+        logits < logits.max(dim=-1, keepdim=True).values + math.log(m), float("-inf")
+    )
 
 # %% ../nbs/06_generate.ipynb #fc4acae3
 def keep_typical(
-    logits: torch.Tensor,  # (B, V)
-    p: float,
-) -> torch.Tensor:         # (B, V), the rest at -inf
-    "The tokens whose surprise is nearest to the entropy, until together they reach p (Meister et al., 2023)."
-    surprise = -logits.log_softmax(dim=-1)                                                        # (B, V), infinite for what was cut before
-    entropy = torch.special.entr(surprise.neg().exp()).sum(dim=-1, keepdim=True)                  # (B, 1)
+    logits: torch.Tensor,
+    p: float,  # (B, V)
+) -> torch.Tensor:  # (B, V), the rest at -inf
+    """The tokens whose surprise is nearest to the entropy, until together they reach p (Meister et
+    al., 2023).
+    """
+    surprise = -logits.log_softmax(dim=-1)  # (B, V), infinite for what was cut before
+    entropy = torch.special.entr(surprise.neg().exp()).sum(dim=-1, keepdim=True)  # (B, 1)
     return keep_mass(logits, (surprise - entropy).abs(), p)
 
 # %% ../nbs/06_generate.ipynb #cecf8951
 def penalise_repetition(
-    logits: torch.Tensor,  # (B, V)
-    ids: torch.Tensor,     # (B, T) the text so far
-    penalty: float,
-) -> torch.Tensor:         # (B, V)
-    "Divide positive logits of tokens already used by `penalty`, multiply negative ones (Keskar et al., 2019)."
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    penalty: float,  # (B, V)  # (B, T) the text so far
+) -> torch.Tensor:  # (B, V)
+    """Divide positive logits of tokens already used by `penalty`, multiply negative ones (Keskar et
+    al., 2019).
+    """
     used = logits.gather(1, ids)  # (B, T)
     return logits.scatter(1, ids, torch.where(used > 0, used / penalty, used * penalty))
 
@@ -84,205 +95,292 @@ def penalise_repetition(
 def penalise_frequency(
     logits: torch.Tensor,  # (B, V)
     counts: torch.Tensor,  # (B, V) how often each token was written
-    frequency: float,      # for each time
-    presence: float,       # for having been written at all
-) -> torch.Tensor:         # (B, V)
+    frequency: float,  # for each time
+    presence: float,  # for having been written at all
+) -> torch.Tensor:  # (B, V)
     "Subtract from the logits of tokens that were written (the rule of OpenAI's API)."
     return logits - frequency * counts - presence * (counts > 0)
 
 # %% ../nbs/06_generate.ipynb #6a6e89dd
 def bias_tokens(
-    logits: torch.Tensor,     # (B, V)
-    bias: dict[int, float],   # token id -> what to add: -inf bans it, +inf lets nothing else come
-) -> torch.Tensor:            # (B, V)
+    logits: torch.Tensor,  # (B, V)
+    bias: dict[int, float],  # token id -> what to add: -inf bans it, +inf lets nothing else come
+) -> torch.Tensor:  # (B, V)
     "Make chosen tokens likelier or less likely."
     ids, amounts = list(bias), logits.new_tensor(list(bias.values()))
-    added = torch.zeros_like(logits[0]).index_put((torch.tensor(ids, device=logits.device),), amounts)  # (V,)
-    return logits.masked_fill(added < math.inf, float("-inf")) if math.inf in bias.values() else logits + added
+    # (V,)
+    added = torch.zeros_like(logits[0]).index_put(
+        (torch.tensor(ids, device=logits.device),), amounts
+    )
+    return (
+        logits.masked_fill(added < math.inf, float("-inf"))
+        if math.inf in bias.values()
+        else logits + added
+    )
 
 # %% ../nbs/06_generate.ipynb #220baee5
 @dataclass
 class SampleConfig:
     "How the next token is chosen."
-    max_new_tokens: int = 120        # tokens to write
-    temperature: float = 1.0         # 0 takes the likeliest token; below 1 is bolder towards it, above 1 flatter
-    top_k: int | None = None         # keep only the k likeliest tokens
-    top_p: float = 1.0               # keep the fewest tokens whose probabilities reach p
-    min_p: float = 0.0               # keep tokens at least this many times as likely as the likeliest
-    typical_p: float = 1.0           # keep the tokens of the most typical surprise whose probabilities reach p
-    repetition_penalty: float = 1.0  # above 1 makes tokens that already stand in the text less likely
-    frequency_penalty: float = 0.0   # taken from the logit of a token for each time it was written
-    presence_penalty: float = 0.0    # taken from the logit of a token once it was written
-    logit_bias: dict[int, float] = field(default_factory=dict)  # added to the logits of single tokens: -inf bans one, inf lets nothing else come
-    stop: list[str] = field(default_factory=list)               # texts that end what is written; they are not part of it
-    stop_tokens: list[int] = field(default_factory=list)        # token ids that do
-    seed: int = 0                    # of the draws
+
+    max_new_tokens: int = 120  # tokens to write
+    # 0 takes the likeliest token; below 1 is bolder towards it, above 1 flatter
+    temperature: float = 1.0
+    top_k: int | None = None  # keep only the k likeliest tokens
+    top_p: float = 1.0  # keep the fewest tokens whose probabilities reach p
+    min_p: float = 0.0  # keep tokens at least this many times as likely as the likeliest
+    # keep the tokens of the most typical surprise whose probabilities reach p
+    typical_p: float = 1.0
+    # above 1 makes tokens that already stand in the text less likely
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0  # taken from the logit of a token for each time it was written
+    presence_penalty: float = 0.0  # taken from the logit of a token once it was written
+    # added to the logits of single tokens: -inf bans one, inf lets nothing else come
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    # texts that end what is written; they are not part of it
+    stop: list[str] = field(default_factory=list)
+    stop_tokens: list[int] = field(default_factory=list)  # token ids that do
+    seed: int = 0  # of the draws
 
     def __post_init__(self):
-        def within(name, low, high, give): check(low <= getattr(self, name) <= high, f"sample.{name} is {getattr(self, name)}: give {give}")
-        check(self.max_new_tokens >= 1, f"sample.max_new_tokens is {self.max_new_tokens}: give at least 1")
+        def within(name, low, high, give):
+            check(
+                low <= getattr(self, name) <= high,
+                f"sample.{name} is {getattr(self, name)}: give {give}",
+            )
+
+        check(
+            self.max_new_tokens >= 1,
+            f"sample.max_new_tokens is {self.max_new_tokens}: give at least 1",
+        )
         check(self.temperature >= 0, f"sample.temperature is {self.temperature}: give 0 or more")
-        check(self.top_k is None or self.top_k >= 1, f"sample.top_k is {self.top_k}: give at least 1, or leave it out")
+        check(
+            self.top_k is None or self.top_k >= 1,
+            f"sample.top_k is {self.top_k}: give at least 1, or leave it out",
+        )
         check(0 < self.top_p <= 1, f"sample.top_p is {self.top_p}: give more than 0, and at most 1")
         within("min_p", 0, 1, "0 to 1")
-        check(0 < self.typical_p <= 1, f"sample.typical_p is {self.typical_p}: give more than 0, and at most 1")
-        within("repetition_penalty", 0.01, 100, "0.01 to 100; far beyond that the logits would overflow")
+        check(
+            0 < self.typical_p <= 1,
+            f"sample.typical_p is {self.typical_p}: give more than 0, and at most 1",
+        )
+        within(
+            "repetition_penalty",
+            0.01,
+            100,
+            "0.01 to 100; far beyond that the logits would overflow",
+        )
         within("frequency_penalty", -100, 100, "-100 to 100")
         within("presence_penalty", -100, 100, "-100 to 100")
-        check(all(isinstance(i, int) and isinstance(b, int | float) and b == b for i, b in self.logit_bias.items()), f"sample.logit_bias is {self.logit_bias}: give token ids with a number each")
-        check(all(isinstance(text, str) and text for text in self.stop), f"sample.stop is {self.stop}: give texts of at least one character")
-        check(all(isinstance(i, int) for i in self.stop_tokens), f"sample.stop_tokens is {self.stop_tokens}: give token ids")
-        check(0 <= self.seed < 2**63, f"sample.seed is {self.seed}: give 0 or more, and less than 2**63")
+        check(
+            all(
+                isinstance(i, int) and isinstance(b, int | float) and b == b
+                for i, b in self.logit_bias.items()
+            ),
+            f"sample.logit_bias is {self.logit_bias}: give token ids with a number each",
+        )
+        check(
+            all(isinstance(text, str) and text for text in self.stop),
+            f"sample.stop is {self.stop}: give texts of at least one character",
+        )
+        check(
+            all(isinstance(i, int) for i in self.stop_tokens),
+            f"sample.stop_tokens is {self.stop_tokens}: give token ids",
+        )
+        check(
+            0 <= self.seed < 2**63,
+            f"sample.seed is {self.seed}: give 0 or more, and less than 2**63",
+        )
 
 # %% ../nbs/06_generate.ipynb #14aab9a7
 def bent(
     logits: torch.Tensor,  # (B, V) of the last position
-    ids: torch.Tensor,     # (B, T) the text so far
+    ids: torch.Tensor,  # (B, T) the text so far
     cfg: SampleConfig,
     counts: torch.Tensor | None = None,  # (B, V) how often each token was written; left out, never
-) -> torch.Tensor:         # (B, V)
+) -> torch.Tensor:  # (B, V)
     "Logits after bias and penalties."
-    if cfg.logit_bias: logits = bias_tokens(logits, cfg.logit_bias)
-    if cfg.repetition_penalty != 1: logits = penalise_repetition(logits, ids, cfg.repetition_penalty)
-    return logits if counts is None else penalise_frequency(logits, counts, cfg.frequency_penalty, cfg.presence_penalty)
+    if cfg.logit_bias:
+        logits = bias_tokens(logits, cfg.logit_bias)
+    if cfg.repetition_penalty != 1:
+        logits = penalise_repetition(logits, ids, cfg.repetition_penalty)
+    return (
+        logits
+        if counts is None
+        else penalise_frequency(logits, counts, cfg.frequency_penalty, cfg.presence_penalty)
+    )
+
 
 def cut(
-    logits: torch.Tensor,  # (B, V) divided by the temperature
-    cfg: SampleConfig,
-) -> torch.Tensor:         # (B, V), -inf where nothing may come
+    logits: torch.Tensor,
+    cfg: SampleConfig,  # (B, V) divided by the temperature
+) -> torch.Tensor:  # (B, V), -inf where nothing may come
     "Logits after top-k, top-p, min-p and typical."
-    if cfg.top_k is not None: logits = keep_top_k(logits, cfg.top_k)
+    if cfg.top_k is not None:
+        logits = keep_top_k(logits, cfg.top_k)
     logits = keep_top_p(logits, cfg.top_p)
-    if cfg.min_p > 0: logits = keep_min_p(logits, cfg.min_p)
+    if cfg.min_p > 0:
+        logits = keep_min_p(logits, cfg.min_p)
     return keep_typical(logits, cfg.typical_p) if cfg.typical_p < 1 else logits
+
 
 COLD = 1e-6  # a temperature below this takes the likeliest token: no division by nothing
 
+
 def next_distribution(
     logits: torch.Tensor,  # (B, V) of the last position
-    ids: torch.Tensor,     # (B, T) the text so far
+    ids: torch.Tensor,  # (B, T) the text so far
     cfg: SampleConfig,
     counts: torch.Tensor | None = None,  # (B, V) how often each token was written; left out, never
-) -> torch.Tensor:         # (B, V) probabilities
-    "The distribution the next token is drawn from: bias, penalties, temperature, top-k, top-p, min-p, typical, in this order."
+) -> torch.Tensor:  # (B, V) probabilities
+    """The distribution the next token is drawn from: bias, penalties, temperature, top-k, top-p,
+    min-p, typical, in this order.
+    """
     logits = bent(logits, ids, cfg, counts)
-    if cfg.temperature < COLD: return torch.zeros_like(logits).scatter(1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    if cfg.temperature < COLD:
+        return torch.zeros_like(logits).scatter(1, logits.argmax(dim=-1, keepdim=True), 1.0)
     return cut(logits / cfg.temperature, cfg).softmax(dim=-1)
 
 # %% ../nbs/06_generate.ipynb #5c8607b2
 @dataclass
 class Cache:
     "Keys and values of all tokens so far."
-    kv: torch.Tensor       # (num_layers, 2, B, H, capacity, D)
+
+    kv: torch.Tensor  # (num_layers, 2, B, H, capacity, D)
     lengths: torch.Tensor  # (B,) tokens in each row
+
 
 def empty_cache(
     model: Transformer,
-    rows: int,      # B
-    capacity: int,  # tokens that a row may come to
+    rows: int,
+    capacity: int,  # B  # tokens that a row may come to
 ) -> Cache:
     "Room for `rows` texts of up to `capacity` tokens."
     cfg, like = model.cfg, model.embeddings.token.weight
-    return Cache(like.new_zeros(cfg.num_layers, 2, rows, cfg.num_heads, capacity, cfg.head_dim), torch.zeros(rows, dtype=torch.long, device=like.device))
+    return Cache(
+        like.new_zeros(cfg.num_layers, 2, rows, cfg.num_heads, capacity, cfg.head_dim),
+        torch.zeros(rows, dtype=torch.long, device=like.device),
+    )
 
 # %% ../nbs/06_generate.ipynb #a5ff8d9b
 @torch.no_grad()
 def extend(
-    model: Transformer,                  # without dropout: it is left out here
-    ids: torch.Tensor,                   # (B, t) the next tokens of each row; a shorter row is filled up at its end
-    cache: Cache,                        # gets longer, in place
+    model: Transformer,  # without dropout: it is left out here
+    ids: torch.Tensor,  # (B, t) the next tokens of each row; a shorter row is filled up at its end
+    cache: Cache,  # gets longer, in place
     counts: torch.Tensor | None = None,  # (B,) how many of each row's t are its own; left out, all
-) -> torch.Tensor:                       # (B, V) logits after the last own token of each row
+) -> torch.Tensor:  # (B, V) logits after the last own token of each row
     "Read on, from where the cache ends."
     B, t = ids.shape
     counts = torch.full_like(cache.lengths, t) if counts is None else counts
-    places = cache.lengths[:, None] + torch.arange(t, device=ids.device)                        # (B, t) in the text, and in the cache
+    # (B, t) in the text, and in the cache
+    places = cache.lengths[:, None] + torch.arange(t, device=ids.device)
     seen, rows = int(places.max()) + 1, torch.arange(B, device=ids.device)
-    check(seen <= cache.kv.shape[4], f"{seen} tokens do not fit into a cache for {cache.kv.shape[4]}: make a larger one")
-    mask = (torch.arange(seen, device=ids.device) <= places[:, :, None])[:, None]               # (B, 1, t, seen)
-    h = model.embeddings.at(ids, places)                                                        # (B, t, C)
-    for block, (keys, values) in zip(model.blocks, cache.kv):                                   # (B, H, capacity, D) each
-        q, k, v = block.attention.queries_keys_values(block.norm1(h), places)                   # (B, H, t, D)
-        keys[rows[:, None], :, places], values[rows[:, None], :, places] = k.transpose(1, 2), v.transpose(1, 2)
-        heads = F.scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen], attn_mask=mask)
+    check(
+        seen <= cache.kv.shape[4],
+        f"{seen} tokens do not fit into a cache for {cache.kv.shape[4]}: make a larger one",
+    )
+    mask = (torch.arange(seen, device=ids.device) <= places[:, :, None])[:, None]  # (B, 1, t, seen)
+    h = model.embeddings.at(ids, places)  # (B, t, C)
+    for block, (keys, values) in zip(model.blocks, cache.kv):  # (B, H, capacity, D) each
+        q, k, v = block.attention.queries_keys_values(block.norm1(h), places)  # (B, H, t, D)
+        keys[rows[:, None], :, places], values[rows[:, None], :, places] = (
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+        )
+        heads = F.scaled_dot_product_attention(
+            q, keys[:, :, :seen], values[:, :, :seen], attn_mask=mask
+        )
         h = h + block.attention.proj(heads.transpose(1, 2).flatten(2))
         h = h + block.ffn(block.norm2(h))
     cache.lengths += counts
-    last = model.norm(h[rows, counts - 1])                                                     # (B, C)
-    return (model.head.weight @ last.T).T if last.dtype == torch.float32 else model.head(last)  # in float32 and for few rows, this way round is the faster one on a CPU
+    last = model.norm(h[rows, counts - 1])  # (B, C)
+    # in float32 and for few rows, this way round is the faster one on a CPU
+    return (model.head.weight @ last.T).T if last.dtype == torch.float32 else model.head(last)
 
 # %% ../nbs/06_generate.ipynb #342f1a93
-def in_sight(
-    n: int,        # tokens in the text so far
-    context: int,
-) -> int:
-    "How many of the last tokens the model sees: all, as long as they fit; then the window jumps by a quarter of the context whenever it is full."
+def in_sight(n: int, context: int) -> int:  # tokens in the text so far
+    """How many of the last tokens the model sees: all, as long as they fit; then the window jumps
+    by a quarter of the context whenever it is full.
+    """
     jump = max(1, context // 4)
     return n if n <= context else context - jump + 1 + (n - context - 1) % jump
 
 # %% ../nbs/06_generate.ipynb #b6cc6ce4
 def draw_token(
-    probabilities: torch.Tensor,            # (B, V)
-    generators: Sequence[torch.Generator],  # one for each row
-) -> torch.Tensor:                          # (B,)
-    "A token for each row, by inverting the distribution function: on the CPU, since some devices have no float64."
+    probabilities: torch.Tensor,
+    generators: Sequence[torch.Generator],  # (B, V)  # one for each row
+) -> torch.Tensor:  # (B,)
+    """A token for each row, by inverting the distribution function: on the CPU, since some devices
+    have no float64.
+    """
     u = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
     sums = probabilities.cpu().double().cumsum(dim=-1)
-    tokens = (sums <= u[:, None] * sums[:, -1:]).sum(dim=-1)  # the last sum is the total, 1 but for rounding
+    # the last sum is the total, 1 but for rounding
+    tokens = (sums <= u[:, None] * sums[:, -1:]).sum(dim=-1)
     return tokens.to(probabilities.device)
 
-def filled(
-    rows: Sequence[list[int]],
-) -> torch.Tensor:  # (B, T)
-    "Rows of the same length: a shorter one is filled up with its own last token, which stands in it already."
+
+def filled(rows: Sequence[list[int]]) -> torch.Tensor:  # (B, T)
+    """Rows of the same length: a shorter one is filled up with its own last token, which stands in
+    it already.
+    """
     T = max(map(len, rows))
     return torch.tensor([row + row[-1:] * (T - len(row)) for row in rows], dtype=torch.long)
 
 # %% ../nbs/06_generate.ipynb #d75b88b2
 def choose(
-    logits: torch.Tensor,                   # (B, V) of the last position
-    ids: torch.Tensor,                      # (B, T) the text so far
+    logits: torch.Tensor,  # (B, V) of the last position
+    ids: torch.Tensor,  # (B, T) the text so far
     cfg: SampleConfig,
     generators: Sequence[torch.Generator],  # one for each row
-    counts: torch.Tensor | None = None,     # (B, V) how often each token was written; left out, never
-) -> torch.Tensor:                          # (B,)
+    counts: torch.Tensor | None = None,  # (B, V) how often each token was written; left out, never
+) -> torch.Tensor:  # (B,)
     "What `draw_token` draws from `next_distribution`, without work on tokens that cannot come."
     logits = bent(logits, ids, cfg, counts)
-    if cfg.temperature < COLD: return logits.argmax(dim=-1)
+    if cfg.temperature < COLD:
+        return logits.argmax(dim=-1)
     logits = logits / cfg.temperature
     if cfg.top_k is not None and cfg.top_k + 50 < logits.shape[1]:
         best = logits.topk(cfg.top_k + 50)
         if not (best.values[:, -1] == best.values[:, cfg.top_k - 1]).any():
-            few = best.indices.sort(dim=-1).values          # (B, k + 50), in the order of the vocabulary, as the plain way has them
-            return few.gather(1, draw_token(cut(logits.gather(1, few), cfg).softmax(dim=-1), generators)[:, None])[:, 0]
+            # (B, k + 50), in the order of the vocabulary, as the plain way has them
+            few = best.indices.sort(dim=-1).values
+            return few.gather(
+                1, draw_token(cut(logits.gather(1, few), cfg).softmax(dim=-1), generators)[:, None]
+            )[:, 0]
     return draw_token(cut(logits, cfg).softmax(dim=-1), generators)
 
 # %% ../nbs/06_generate.ipynb #b1ec3ad7
 class Text:
     "Tokens in, text out, piece by piece: never half a character, and nothing of a stop string."
-    def __init__(self,
-        tokenizer: Tokenizer,     # a byte-level one
-        stop: Sequence[str] = (), # texts that end it
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,  # a byte-level one
+        stop: Sequence[str] = (),  # texts that end it
     ):
         self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
         self.tokens: list[int] = []  # of a character that is not whole yet
-        self.held = ""               # what may be the beginning of a stop string
+        self.held = ""  # what may be the beginning of a stop string
 
-    def add(self,
-        token: int,
-    ) -> str:  # what is certain now
+    def add(self, token: int) -> str:  # what is certain now
         self.tokens.append(token)
         piece = self.tokenizer.decode(self.tokens)
-        if piece.endswith("\ufffd"): return ""
+        if piece.endswith("\ufffd"):
+            return ""
         self.tokens = []
         text = self.held + piece
         ends = [at for stop in self.stop if (at := text.find(stop)) >= 0]
         if ends:
             self.stopped, self.held = True, ""
-            return text[:min(ends)]
-        hold = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self.held = text[len(text) - hold:]
-        return text[:len(text) - hold]
+            return text[: min(ends)]
+        hold = max(
+            (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )
+        self.held = text[len(text) - hold :]
+        return text[: len(text) - hold]
 
     def end(self) -> str:  # the rest, once no token follows; half a character too
         rest, self.tokens, self.held = self.held + self.tokenizer.decode(self.tokens), [], ""
@@ -292,51 +390,85 @@ class Text:
 @dataclass(eq=False)
 class Row:
     "A text that is being continued."
-    ids: list[int]              # the prompt, and what was written so far
-    start: int                  # tokens in the prompt
+
+    ids: list[int]  # the prompt, and what was written so far
+    start: int  # tokens in the prompt
     cfg: SampleConfig
     generator: torch.Generator  # of its draws
-    text: Text | None           # turns tokens into text; None where nobody asked for it
-    top: int | None             # how many of the likeliest tokens to tell with each; None: no log-probabilities
-    reason: str | None = None   # why it ended: "stop" or "length"
+    text: Text | None  # turns tokens into text; None where nobody asked for it
+    # how many of the likeliest tokens to tell with each; None: no log-probabilities
+    top: int | None
+    reason: str | None = None  # why it ended: "stop" or "length"
+
 
 @dataclass
 class Written:
     "A token that was written."
+
     row: Row
     id: int
-    piece: str                    # text that is certain now
+    piece: str  # text that is certain now
     logprob: float | None = None  # of this token in nats, as the model sees it
     top: dict[int, float] = field(default_factory=dict)  # the same of the likeliest tokens
 
+
 class Batch:
     "Texts that grow together, a token at a time; between two steps any of them may come or go."
-    def __init__(self,
-        model: Transformer,                  # without dropout: it is left out here
-        room: int,                           # rows at the same time
+
+    def __init__(
+        self,
+        model: Transformer,  # without dropout: it is left out here
+        room: int,  # rows at the same time
         tokenizer: Tokenizer | None = None,  # to get text, and for stop strings
-        capacity: int | None = None,         # tokens that a row may come to, if that is known to be less than the context
+        # tokens that a row may come to, if that is known to be less than the context
+        capacity: int | None = None,
     ):
         self.model, self.tokenizer, self.rows = model, tokenizer, []
         self.cache = empty_cache(model, room, capacity or model.cfg.seq_len)
 
-    def add(self,
+    def add(
+        self,
         prompt: list[int],
         cfg: SampleConfig,
-        number: int = 0,         # rows of the same seed and another number draw apart
-        top: int | None = None,  # also tell log-probabilities, and this many of the likeliest tokens
+        number: int = 0,  # rows of the same seed and another number draw apart
+        # also tell log-probabilities, and this many of the likeliest tokens
+        top: int | None = None,
     ) -> Row:
-        "One more text; `InputError` for a prompt that is empty, longer than the context, or has ids outside the vocabulary."
+        """One more text; `InputError` for a prompt that is empty, longer than the context, or has
+        ids outside the vocabulary.
+        """
         V, context = self.model.cfg.vocab_size, self.model.cfg.seq_len
-        check(len(self.rows) < self.cache.kv.shape[2], f"the batch has room for {self.cache.kv.shape[2]} rows, and all are taken")
+        check(
+            len(self.rows) < self.cache.kv.shape[2],
+            f"the batch has room for {self.cache.kv.shape[2]} rows, and all are taken",
+        )
         check(len(prompt) > 0, "the prompt is empty: give at least one token")
-        check(len(prompt) <= context, f"the prompt has {len(prompt)} tokens, more than the context of {context}: shorten it")
+        check(
+            len(prompt) <= context,
+            f"the prompt has {len(prompt)} tokens, more than the context of {context}: shorten it",
+        )
         check_ids(torch.tensor(prompt), V)
-        check(all(0 <= i < V for i in cfg.logit_bias), f"logit_bias names a token that is not in the vocabulary: give ids from 0 to {V - 1}")
-        check(sum(b == -math.inf for b in cfg.logit_bias.values()) < V, "logit_bias bans every token: leave at least one")
-        check(self.tokenizer is not None or not cfg.stop, "stop strings are looked for in text: give the tokenizer")
+        check(
+            all(0 <= i < V for i in cfg.logit_bias),
+            f"logit_bias names a token that is not in the vocabulary: give ids from 0 to {V - 1}",
+        )
+        check(
+            sum(b == -math.inf for b in cfg.logit_bias.values()) < V,
+            "logit_bias bans every token: leave at least one",
+        )
+        check(
+            self.tokenizer is not None or not cfg.stop,
+            "stop strings are looked for in text: give the tokenizer",
+        )
         generator = torch.Generator().manual_seed((cfg.seed * 1_000_003 + number) % 2**63)
-        row = Row(list(prompt), len(prompt), cfg, generator, self.tokenizer and Text(self.tokenizer, cfg.stop), top)
+        row = Row(
+            list(prompt),
+            len(prompt),
+            cfg,
+            generator,
+            self.tokenizer and Text(self.tokenizer, cfg.stop),
+            top,
+        )
         self.rows.append(row)
         self.cache.lengths[len(self.rows) - 1] = 0  # nothing of it is read
         return row
@@ -346,84 +478,139 @@ class Batch:
         i, last = self.rows.index(row), len(self.rows) - 1
         self.rows[i] = self.rows[last]
         self.rows.pop()
-        self.cache.kv[:, :, i], self.cache.lengths[i] = self.cache.kv[:, :, last], self.cache.lengths[last]
+        self.cache.kv[:, :, i], self.cache.lengths[i] = (
+            self.cache.kv[:, :, last],
+            self.cache.lengths[last],
+        )
 
     def read(self) -> torch.Tensor:  # (B, V) logits of what comes next
         "Read what each row has that is new."
         B, capacity, device = len(self.rows), self.cache.kv.shape[4], self.cache.kv.device
         used = Cache(self.cache.kv[:, :, :B], self.cache.lengths[:B])
-        anew = [i for i, n in enumerate(used.lengths.tolist()) if n in (0, capacity)]    # just added, or the window has to jump
+        # just added, or the window has to jump
+        anew = [i for i, n in enumerate(used.lengths.tolist()) if n in (0, capacity)]
         used.lengths[anew] = 0
         logits = used.kv.new_zeros(B, self.model.cfg.vocab_size)
-        if len(anew) < B: logits = extend(self.model, torch.tensor([row.ids[-1:] for row in self.rows], device=device), used)
+        if len(anew) < B:
+            logits = extend(
+                self.model, torch.tensor([row.ids[-1:] for row in self.rows], device=device), used
+            )
         if anew:
-            windows = [row.ids[-in_sight(len(row.ids), self.model.cfg.seq_len):] for row in (self.rows[i] for i in anew)]
+            windows = [
+                row.ids[-in_sight(len(row.ids), self.model.cfg.seq_len) :]
+                for row in (self.rows[i] for i in anew)
+            ]
             counts = torch.tensor([len(w) for w in windows], device=device)
             fresh = empty_cache(self.model, len(anew), int(counts.max()))
             logits[anew] = extend(self.model, filled(windows).to(device), fresh, counts)
-            used.kv[:, :, anew, :, :fresh.kv.shape[4]], used.lengths[anew] = fresh.kv, counts
+            used.kv[:, :, anew, :, : fresh.kv.shape[4]], used.lengths[anew] = fresh.kv, counts
         return logits
 
     @torch.inference_mode()
     def step(self) -> list[Written]:
         "A token for every row. Rows that are done leave."
         logits, rows = self.read().float(), list(self.rows)
-        check(bool(logits.sum().isfinite()), "the model's logits are no finite numbers: its training diverged, train again with a smaller learning rate")
+        check(
+            bool(logits.sum().isfinite()),
+            "the model's logits are no finite numbers: its training diverged, train again with a"
+            " smaller learning rate",
+        )
         tokens, alike = [0] * len(rows), {}
-        for i, row in enumerate(rows): alike.setdefault(repr(replace(row.cfg, seed=0, max_new_tokens=1, stop=[], stop_tokens=[])), []).append(i)
+        for i, row in enumerate(rows):
+            alike.setdefault(
+                repr(replace(row.cfg, seed=0, max_new_tokens=1, stop=[], stop_tokens=[])), []
+            ).append(i)
         for group in alike.values():  # rows with the same settings go through the chain together
             members, cfg = [rows[i] for i in group], rows[group[0]].cfg
-            ids = filled([row.ids for row in members]).to(logits.device) if cfg.repetition_penalty != 1 else logits.new_empty(0)
-            written = [torch.tensor(row.ids[row.start:], dtype=torch.long).bincount(minlength=logits.shape[1]) for row in members] if cfg.frequency_penalty or cfg.presence_penalty else None
-            chosen = choose(logits[group] if len(group) < len(rows) else logits, ids, cfg, [row.generator for row in members], written and torch.stack(written).to(logits.device))
-            for i, token in zip(group, chosen.tolist()): tokens[i] = token
+            ids = (
+                filled([row.ids for row in members]).to(logits.device)
+                if cfg.repetition_penalty != 1
+                else logits.new_empty(0)
+            )
+            written = (
+                [
+                    torch.tensor(row.ids[row.start :], dtype=torch.long).bincount(
+                        minlength=logits.shape[1]
+                    )
+                    for row in members
+                ]
+                if cfg.frequency_penalty or cfg.presence_penalty
+                else None
+            )
+            chosen = choose(
+                logits[group] if len(group) < len(rows) else logits,
+                ids,
+                cfg,
+                [row.generator for row in members],
+                written and torch.stack(written).to(logits.device),
+            )
+            for i, token in zip(group, chosen.tolist()):
+                tokens[i] = token
         return [self.write(row, token, scores) for row, token, scores in zip(rows, tokens, logits)]
 
-    def write(self,
+    def write(
+        self,
         row: Row,
         token: int,
         logits: torch.Tensor,  # (V,) that it was chosen from
     ) -> Written:
         "Put a token at the end of a row, and see whether that ends it."
         row.ids.append(token)
-        written = Written(row, token, row.text.add(token) if row.text and token not in row.cfg.stop_tokens else "")
+        written = Written(
+            row, token, row.text.add(token) if row.text and token not in row.cfg.stop_tokens else ""
+        )
         if row.top is not None:
             logprobs = logits.log_softmax(dim=-1)
             best = logprobs.topk(min(row.top, len(logprobs)))
-            written.logprob, written.top = logprobs[token].item(), dict(zip(best.indices.tolist(), best.values.tolist()))
-        if token in row.cfg.stop_tokens or row.text and row.text.stopped: row.reason = "stop"
-        elif len(row.ids) == row.start + row.cfg.max_new_tokens: row.reason = "length"
+            written.logprob, written.top = (
+                logprobs[token].item(),
+                dict(zip(best.indices.tolist(), best.values.tolist())),
+            )
+        if token in row.cfg.stop_tokens or row.text and row.text.stopped:
+            row.reason = "stop"
+        elif len(row.ids) == row.start + row.cfg.max_new_tokens:
+            row.reason = "length"
         if row.reason:
-            if row.text: written.piece += row.text.end()
+            if row.text:
+                written.piece += row.text.end()
             self.remove(row)
         return written
 
     def run(self) -> Iterator[Written]:
         "Steps until every row is done."
-        while self.rows: yield from self.step()
+        while self.rows:
+            yield from self.step()
 
 # %% ../nbs/06_generate.ipynb #79b11667
 def begin(
     model: Transformer,
-    prompts: Sequence[list[int]],        # token ids
+    prompts: Sequence[list[int]],  # token ids
     cfg: SampleConfig,
     tokenizer: Tokenizer | None = None,  # to get text, and for stop strings
-    top: int | None = None,              # also tell log-probabilities
+    top: int | None = None,  # also tell log-probabilities
 ) -> Batch:
     "A batch of prompts, with no more room than they need; raises what `Batch.add` raises."
-    batch = Batch(model, len(prompts), tokenizer, min(model.cfg.seq_len, max(map(len, prompts)) + cfg.max_new_tokens))
-    for number, prompt in enumerate(prompts): batch.add(prompt, cfg, number, top)
+    batch = Batch(
+        model,
+        len(prompts),
+        tokenizer,
+        min(model.cfg.seq_len, max(map(len, prompts)) + cfg.max_new_tokens),
+    )
+    for number, prompt in enumerate(prompts):
+        batch.add(prompt, cfg, number, top)
     return batch
+
 
 def generate(
     model: Transformer,
-    ids: torch.Tensor,  # (B, T) prompts of the same length
-    cfg: SampleConfig,
-) -> torch.Tensor:      # (B, T + max_new_tokens); a row that a stop token ended is filled up with it
+    ids: torch.Tensor,
+    cfg: SampleConfig,  # (B, T) prompts of the same length
+) -> torch.Tensor:  # (B, T + max_new_tokens); a row that a stop token ended is filled up with it
     "Prompts and their continuations; raises what `Batch.add` raises."
     batch = begin(model, ids.tolist(), cfg)
     rows = list(batch.rows)
-    for _ in batch.run(): pass
+    for _ in batch.run():
+        pass
     return filled([row.ids for row in rows]).to(ids.device)
 
 # %% ../nbs/06_generate.ipynb #daa20708
@@ -438,91 +625,136 @@ def complete(
     check(n >= 1, f"{n} continuations are none: ask for at least 1")
     batch = begin(model, [readable(tokenizer, prompt)] * n, cfg, tokenizer)
     texts = {row: [prompt] for row in batch.rows}
-    for written in batch.run(): texts[written.row].append(written.piece)
+    for written in batch.run():
+        texts[written.row].append(written.piece)
     return ["".join(pieces) for pieces in texts.values()]
 
-def readable(
-    tokenizer: Tokenizer,
-    prompt: str,
-) -> list[int]:
+
+def readable(tokenizer: Tokenizer, prompt: str) -> list[int]:
     "The token ids of a prompt, or `InputError` for half of a character."
-    check(not any("\ud800" <= c <= "\udfff" for c in prompt), f"the prompt {prompt!a} is no valid text: it holds half of a character")
-    return tokenizer.encode(prompt, add_special_tokens=False).ids  # as the training text was encoded
+    check(
+        not any("\ud800" <= c <= "\udfff" for c in prompt),
+        f"the prompt {prompt!a} is no valid text: it holds half of a character",
+    )
+    # as the training text was encoded
+    return tokenizer.encode(prompt, add_special_tokens=False).ids
 
 # %% ../nbs/06_generate.ipynb #0ee3063a
 def stream(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt: str,
-    cfg: SampleConfig,
+    model: Transformer, tokenizer: Tokenizer, prompt: str, cfg: SampleConfig
 ) -> Iterator[str]:  # pieces of what follows the prompt
     "Continue a text and give it piece by piece, never half a character."
-    for written in begin(model, [readable(tokenizer, prompt)], cfg, tokenizer).run(): yield written.piece
+    for written in begin(model, [readable(tokenizer, prompt)], cfg, tokenizer).run():
+        yield written.piece
 
 # %% ../nbs/06_generate.ipynb #138b7c65
 @torch.no_grad()
 def beam_search(
     model: Transformer,
     prompt: list[int],
-    beams: int,                       # b, how many beginnings to keep
+    beams: int,  # b, how many beginnings to keep
     max_new_tokens: int,
     stop_tokens: Sequence[int] = (),
-    length_penalty: float = 1.0,      # alpha: 0 compares whole texts, 1 their mean token
-) -> list[tuple[float, list[int]]]:   # scores and what follows the prompt, the best first
-    "Likely continuations, found by keeping the `beams` best beginnings (as in Hugging Face's `generate`)."
-    check(beams >= 1 and max_new_tokens >= 1, f"{beams} beams of {max_new_tokens} tokens: give at least 1 of each")
-    check(1 <= len(prompt) <= model.cfg.seq_len - max_new_tokens + 1, f"{len(prompt)} tokens and {max_new_tokens} more do not fit into the context of {model.cfg.seq_len}: ask for less")
+    length_penalty: float = 1.0,  # alpha: 0 compares whole texts, 1 their mean token
+) -> list[tuple[float, list[int]]]:  # scores and what follows the prompt, the best first
+    """Likely continuations, found by keeping the `beams` best beginnings (as in Hugging Face's
+    `generate`).
+    """
+    check(
+        beams >= 1 and max_new_tokens >= 1,
+        f"{beams} beams of {max_new_tokens} tokens: give at least 1 of each",
+    )
+    check(
+        1 <= len(prompt) <= model.cfg.seq_len - max_new_tokens + 1,
+        f"{len(prompt)} tokens and {max_new_tokens} more do not fit into the context of"
+        f" {model.cfg.seq_len}: ask for less",
+    )
     check_ids(torch.tensor(prompt), model.cfg.vocab_size)
     device = model.embeddings.token.weight.device
     first = empty_cache(model, 1, len(prompt) + max_new_tokens)
-    logprobs = extend(model, torch.tensor([prompt], device=device), first).log_softmax(dim=-1)         # (1, V)
+    # (1, V)
+    logprobs = extend(model, torch.tensor([prompt], device=device), first).log_softmax(dim=-1)
     cache = Cache(first.kv.repeat(1, 1, beams, 1, 1, 1), first.lengths.repeat(beams))
     texts, scores, done = [[]], torch.zeros(1, device=device), []
     for n in range(1, max_new_tokens + 1):
-        total = scores[:, None] + logprobs                                                               # (B, V)
-        best = total.flatten().topk(min(2 * beams, total.numel()))                                       # twice as many, since some may end here
+        total = scores[:, None] + logprobs  # (B, V)
+        # twice as many, since some may end here
+        best = total.flatten().topk(min(2 * beams, total.numel()))
         ahead = []
         for rank, (score, at) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
             parent, token = divmod(at, total.shape[1])
-            if token not in stop_tokens: ahead.append((score, parent, token))
-            elif rank < beams: done.append((score / n**length_penalty, texts[parent] + [token]))
+            if token not in stop_tokens:
+                ahead.append((score, parent, token))
+            elif rank < beams:
+                done.append((score / n**length_penalty, texts[parent] + [token]))
         ahead = ahead[:beams]
-        texts, scores = [texts[parent] + [token] for _, parent, token in ahead], torch.tensor([score for score, _, _ in ahead], device=device)
+        texts, scores = (
+            [texts[parent] + [token] for _, parent, token in ahead],
+            torch.tensor([score for score, _, _ in ahead], device=device),
+        )
         done = sorted(done, reverse=True)[:beams]
-        if n == max_new_tokens or not ahead or len(done) == beams and done[-1][0] >= ahead[0][0] / n**length_penalty: break
+        if (
+            n == max_new_tokens
+            or not ahead
+            or len(done) == beams
+            and done[-1][0] >= ahead[0][0] / n**length_penalty
+        ):
+            break
         parents = [parent for _, parent, _ in ahead]
-        cache = Cache(cache.kv[:, :, parents], cache.lengths[parents])                                   # each goes on from its parent's memory
-        logprobs = extend(model, torch.tensor([text[-1:] for text in texts], device=device), cache).log_softmax(dim=-1)
-    if len(done) < beams or n == max_new_tokens: done += [(score / n**length_penalty, text) for score, text in zip(scores.tolist(), texts)]
+        # each goes on from its parent's memory
+        cache = Cache(cache.kv[:, :, parents], cache.lengths[parents])
+        logprobs = extend(
+            model, torch.tensor([text[-1:] for text in texts], device=device), cache
+        ).log_softmax(dim=-1)
+    if len(done) < beams or n == max_new_tokens:
+        done += [(score / n**length_penalty, text) for score, text in zip(scores.tolist(), texts)]
     return sorted(done, reverse=True)[:beams]
 
 # %% ../nbs/06_generate.ipynb #6dcb8748
-STRATEGIES = {"greedy": dict(temperature=0.0), "sampling": {}, "temperature 0.7": dict(temperature=0.7), "top-k 20": dict(top_k=20), "top-p 0.9": dict(top_p=0.9), "min-p 0.1": dict(min_p=0.1),
-              "typical 0.9": dict(typical_p=0.9), "repetition 1.2": dict(repetition_penalty=1.2), "frequency 0.5": dict(frequency_penalty=0.5)}  # what `compare` shows: name -> settings
+STRATEGIES = {
+    "greedy": dict(temperature=0.0),
+    "sampling": {},
+    "temperature 0.7": dict(temperature=0.7),
+    "top-k 20": dict(top_k=20),
+    "top-p 0.9": dict(top_p=0.9),
+    "min-p 0.1": dict(min_p=0.1),
+    # what `compare` shows: name -> settings
+    "typical 0.9": dict(typical_p=0.9),
+    "repetition 1.2": dict(repetition_penalty=1.2),
+    "frequency 0.5": dict(frequency_penalty=0.5),
+}
 
-def distinct(
-    texts: Sequence[list[int]],
-    n: int = 4,
-) -> float:
+
+def distinct(texts: Sequence[list[int]], n: int = 4) -> float:
     "The share of runs of n tokens that are different from each other; 1 where there are none."
-    runs = [tuple(text[i:i + n]) for text in texts for i in range(len(text) - n + 1)]
+    runs = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
     return len(set(runs)) / max(1, len(runs)) if runs else 1.0
+
 
 def compare(
     model: Transformer,
     tokenizer: Tokenizer,
     prompt: str,
-    cfg: SampleConfig,                             # length and seed; what a strategy does not set is taken from here
-    strategies: dict[str, dict] = STRATEGIES,      # name -> settings
-    n: int = 4,                                    # texts with each
-) -> list[dict]:                                   # name, perplexity, repetition, diversity, text
+    cfg: SampleConfig,  # length and seed; what a strategy does not set is taken from here
+    strategies: dict[str, dict] = STRATEGIES,  # name -> settings
+    n: int = 4,  # texts with each
+) -> list[dict]:  # name, perplexity, repetition, diversity, text
     "The same prompt continued in several ways."
     found = []
     for name, settings in strategies.items():
-        batch = begin(model, [readable(tokenizer, prompt)] * n, replace(cfg, **settings), tokenizer, top=0)
+        batch = begin(
+            model, [readable(tokenizer, prompt)] * n, replace(cfg, **settings), tokenizer, top=0
+        )
         rows, written = list(batch.rows), list(batch.run())
-        texts = [row.ids[row.start:] for row in rows]
+        texts = [row.ids[row.start :] for row in rows]
         nats = -sum(w.logprob for w in written) / len(written)
-        found.append(dict(name=name, perplexity=math.exp(nats), repetition=1 - sum(map(distinct, ([text] for text in texts))) / n, diversity=distinct(texts),
-                          text="".join(w.piece for w in written if w.row is rows[0])))
+        found.append(
+            dict(
+                name=name,
+                perplexity=math.exp(nats),
+                repetition=1 - sum(map(distinct, ([text] for text in texts))) / n,
+                diversity=distinct(texts),
+                text="".join(w.piece for w in written if w.row is rows[0]),
+            )
+        )
     return found

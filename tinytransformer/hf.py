@@ -6,7 +6,8 @@
 __all__ = ['model_card', 'export']
 
 # %% ../nbs/appendix/gpt2_twin.ipynb #85a4e8e1
-import json, shutil
+import json
+import shutil
 from pathlib import Path
 
 import yaml
@@ -17,35 +18,92 @@ from .model import count_parameters, to_hf
 from .train import Run, read_json, read_rows
 
 # %% ../nbs/appendix/gpt2_twin.ipynb #75022208
-def model_card(
-    run: Run,
-) -> str:  # Markdown, with the front matter that the Hub reads
+def model_card(run: Run) -> str:  # Markdown, with the front matter that the Hub reads
     "What a run is, from what it has kept about itself."
-    data, about, summary, samples = run.config["data"], run.checkpoint, read_json(run.folder/"summary.json"), read_rows(run.folder/"samples.jsonl")
+    data, about, summary, samples = (
+        run.config["data"],
+        run.checkpoint,
+        read_json(run.folder / "summary.json"),
+        read_rows(run.folder / "samples.jsonl"),
+    )
     ours = data["dataset"] == "tinywiki"
-    front = dict(language="en", license="apache-2.0" if ours else "other", library_name="transformers", pipeline_tag="text-generation") | ({} if ours else dict(datasets=[data["dataset"]]))
-    numbers = {"parameters": f"{count_parameters(run.model):,}", "steps": f"{about['step']:,}", "validation loss (nats per token)": f"{run.val_loss:.4f}" if run.val_loss is not None else "not measured"}
-    numbers |= {name: f"{summary[key]:.3f}" for name, key in {"entropy floor": "floor", "perplexity per token": "perplexity", "perplexity per word": "word_perplexity", "bits per byte": "bits_per_byte"}.items() if summary.get(key)}
-    text = "TinyWiki, articles that a grammar wrote. It knows nothing about the world." if ours else f"`{data['dataset']}` ({data['subset'] or 'its only part'}). The licence of that text holds for it."
-    parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {run.folder.resolve().name}",
-             f"A decoder-only Transformer of GPT-2's architecture, trained with tinytransformer {__version__} on {text}",
-             "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in numbers.items())]
-    if (run.folder/"curve.png").exists(): parts.append("![Training and validation loss over the steps](curve.png)")
-    if samples: parts.append("## Samples\n\n" + "\n\n".join(f"After {row['step']:,} steps:\n\n```text\n{row['text'].replace('```', '` ` `')}\n```" for row in (samples if len(samples) < 2 else [samples[0], samples[-1]])))
+    front = dict(
+        language="en",
+        license="apache-2.0" if ours else "other",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+    ) | ({} if ours else dict(datasets=[data["dataset"]]))
+    numbers = {
+        "parameters": f"{count_parameters(run.model):,}",
+        "steps": f"{about['step']:,}",
+        "validation loss (nats per token)": (
+            f"{run.val_loss:.4f}" if run.val_loss is not None else "not measured"
+        ),
+    }
+    numbers |= {
+        name: f"{summary[key]:.3f}"
+        for name, key in {
+            "entropy floor": "floor",
+            "perplexity per token": "perplexity",
+            "perplexity per word": "word_perplexity",
+            "bits per byte": "bits_per_byte",
+        }.items()
+        if summary.get(key)
+    }
+    text = (
+        "TinyWiki, articles that a grammar wrote. It knows nothing about the world."
+        if ours
+        else (
+            f"`{data['dataset']}` ({data['subset'] or 'its only part'}). The licence of that text"
+            " holds for it."
+        )
+    )
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {run.folder.resolve().name}",
+        (
+            "A decoder-only Transformer of GPT-2's architecture, trained with tinytransformer"
+            f" {__version__} on {text}"
+        ),
+        "| | |\n|---|---|\n"
+        + "\n".join(f"| {name} | {value} |" for name, value in numbers.items()),
+    ]
+    if (run.folder / "curve.png").exists():
+        parts.append("![Training and validation loss over the steps](curve.png)")
+    if samples:
+        parts.append(
+            "## Samples\n\n"
+            + "\n\n".join(
+                f"After {row['step']:,}"
+                f" steps:\n\n```text\n{row['text'].replace('```', '` ` `')}\n```"
+                for row in (samples if len(samples) < 2 else [samples[0], samples[-1]])
+            )
+        )
     parts.append(f"## How it was made\n\n```yaml\n{yaml.safe_dump(run.config, sort_keys=False)}```")
     return "\n\n".join(parts) + "\n"
 
-def export(
-    run: Run,
-    folder: str | Path,  # new or empty
-) -> None:
-    "Write a run as a folder for `transformers`, whole or not at all; `InputError` if the folder holds something, or if the tokenizer is not the model's."
+
+def export(run: Run, folder: str | Path) -> None:  # new or empty
+    """Write a run as a folder for `transformers`, whole or not at all; `InputError` if the folder
+    holds something, or if the tokenizer is not the model's.
+    """
     from transformers import PreTrainedTokenizerFast
+
     folder, V = Path(folder), run.model.cfg.vocab_size
-    check(not folder.exists() or folder.is_dir() and not any(folder.iterdir()), f"{folder} is there and not empty: give a new folder")
-    check(run.tokenizer.get_vocab_size() == V, f"the tokenizer in {run.folder} has {run.tokenizer.get_vocab_size()} tokens, but the embedding has {V} rows: put the run's own tokenizer.json back")
+    check(
+        not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
+        f"{folder} is there and not empty: give a new folder",
+    )
+    check(
+        run.tokenizer.get_vocab_size() == V,
+        f"the tokenizer in {run.folder} has {run.tokenizer.get_vocab_size()} tokens, but the"
+        f" embedding has {V} rows: put the run's own tokenizer.json back",
+    )
     with whole_folder(folder) as new:
         to_hf(run.model).save_pretrained(new)
-        PreTrainedTokenizerFast(tokenizer_object=run.tokenizer, model_max_length=run.model.cfg.seq_len).save_pretrained(new)
-        if (run.folder/"curve.png").exists(): shutil.copy(run.folder/"curve.png", new)
-        write_whole(new/"README.md", model_card(run))
+        PreTrainedTokenizerFast(
+            tokenizer_object=run.tokenizer, model_max_length=run.model.cfg.seq_len
+        ).save_pretrained(new)
+        if (run.folder / "curve.png").exists():
+            shutil.copy(run.folder / "curve.png", new)
+        write_whole(new / "README.md", model_card(run))

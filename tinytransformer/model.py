@@ -8,7 +8,10 @@ __all__ = ['INIT_STD', 'HF_ACTIVATIONS', 'ModelConfig', 'init_weights', 'Transfo
            'read_hf_config', 'hf_shape', 'read_hf_weights', 'take_hf_weights', 'from_hf', 'to_hf']
 
 # %% ../nbs/04_model.ipynb #a6b57d30
-import json, math, os, re
+import json
+import math
+import os
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,226 +32,385 @@ from .embeddings import Embeddings, sinusoids
 @dataclass
 class ModelConfig:
     "The shape of the model."
+
     vocab_size: int | None = None  # V; left out, as many as the tokenizer has
-    seq_len: int = 128             # longest context T, and the length of the training blocks
-    embed_dim: int = 128           # C
-    num_heads: int = 4             # H, must divide embed_dim
-    num_layers: int = 4            # blocks
-    dropout: float = 0.0           # share of values zeroed while training, where nothing else is said
+    seq_len: int = 128  # longest context T, and the length of the training blocks
+    embed_dim: int = 128  # C
+    num_heads: int = 4  # H, must divide embed_dim
+    num_layers: int = 4  # blocks
+    dropout: float = 0.0  # share of values zeroed while training, where nothing else is said
     attention_dropout: float | None = None  # of the attention weights
     embedding_dropout: float | None = None  # of what goes into the first block
-    tie_weights: bool = False      # use the token embedding as the output projection too
-    init_std: float = 0.02         # standard deviation of the first weights inside the blocks; the embeddings and the head begin with 0.02
-    activation: str = "relu"       # of the feed-forward networks: relu, gelu as in GPT-2, or swiglu
-    norm: str = "layer"            # layer, or rms
-    positions: str = "learned"     # learned, or rotary
-    position_start: str = "normal" # what learned positions begin as: normal (random), or sinusoids
-    from_hf: str | None = None     # begin with the weights of this GPT-2: a folder, or a name on the Hub; it brings its tokenizer and decides the fields above, but for seq_len and the dropouts
+    tie_weights: bool = False  # use the token embedding as the output projection too
+    # standard deviation of the first weights inside the blocks; the embeddings and the head begin
+    # with 0.02
+    init_std: float = 0.02
+    activation: str = "relu"  # of the feed-forward networks: relu, gelu as in GPT-2, or swiglu
+    norm: str = "layer"  # layer, or rms
+    positions: str = "learned"  # learned, or rotary
+    position_start: str = "normal"  # what learned positions begin as: normal (random), or sinusoids
+    # begin with the weights of this GPT-2: a folder, or a name on the Hub; it brings its tokenizer
+    # and decides the fields above, but for seq_len and the dropouts
+    from_hf: str | None = None
 
     def __post_init__(self):
         for name in ("seq_len", "embed_dim", "num_heads", "num_layers"):
-            check(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: give at least 1")
-        check(self.vocab_size is None or self.vocab_size >= 2, f"model.vocab_size is {self.vocab_size}: give at least 2")
-        check(self.embed_dim % self.num_heads == 0, f"model.num_heads {self.num_heads} does not divide model.embed_dim {self.embed_dim}: choose a divisor")
-        check(0 < self.init_std < 10, f"model.init_std is {self.init_std}: give more than 0 and less than 10")
+            check(
+                getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: give at least 1"
+            )
+        check(
+            self.vocab_size is None or self.vocab_size >= 2,
+            f"model.vocab_size is {self.vocab_size}: give at least 2",
+        )
+        check(
+            self.embed_dim % self.num_heads == 0,
+            f"model.num_heads {self.num_heads} does not divide model.embed_dim {self.embed_dim}:"
+            " choose a divisor",
+        )
+        check(
+            0 < self.init_std < 10,
+            f"model.init_std is {self.init_std}: give more than 0 and less than 10",
+        )
         for name in ("dropout", "attention_dropout", "embedding_dropout"):
-            check(0 <= (getattr(self, name) or 0) < 1, f"model.{name} is {getattr(self, name)}: give 0 or more, and less than 1")
-        for name, known in dict(activation=(*ACTIVATIONS, "swiglu"), norm=NORMS, positions=("learned", "rotary"), position_start=("normal", "sinusoids")).items():
-            check(getattr(self, name) in known, f"model.{name} is {getattr(self, name)!r}: give {' or '.join(known)}")
-        check(self.positions == "learned" or self.head_dim % 2 == 0, f"a head has {self.head_dim} numbers, but rotary positions turn pairs: choose another model.num_heads or model.embed_dim")
+            check(
+                0 <= (getattr(self, name) or 0) < 1,
+                f"model.{name} is {getattr(self, name)}: give 0 or more, and less than 1",
+            )
+        for name, known in dict(
+            activation=(*ACTIVATIONS, "swiglu"),
+            norm=NORMS,
+            positions=("learned", "rotary"),
+            position_start=("normal", "sinusoids"),
+        ).items():
+            check(
+                getattr(self, name) in known,
+                f"model.{name} is {getattr(self, name)!r}: give {' or '.join(known)}",
+            )
+        check(
+            self.positions == "learned" or self.head_dim % 2 == 0,
+            f"a head has {self.head_dim} numbers, but rotary positions turn pairs: choose another"
+            " model.num_heads or model.embed_dim",
+        )
 
     @property
-    def head_dim(self) -> int: return self.embed_dim // self.num_heads
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
     @property
-    def ffn_dim(self) -> int: return swiglu_dim(self.embed_dim) if self.activation == "swiglu" else 4 * self.embed_dim
+    def ffn_dim(self) -> int:
+        return swiglu_dim(self.embed_dim) if self.activation == "swiglu" else 4 * self.embed_dim
 
 # %% ../nbs/04_model.ipynb #64eba510
 INIT_STD = 0.02
 
-def init_weights(
-    module: nn.Module,
-) -> None:
+
+def init_weights(module: nn.Module) -> None:
     "Normal weights with standard deviation 0.02, biases zero, as in GPT-2."
-    if isinstance(module, (nn.Linear, nn.Embedding)): nn.init.normal_(module.weight, std=INIT_STD)
-    if isinstance(module, nn.Linear) and module.bias is not None: nn.init.zeros_(module.bias)
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=INIT_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 # %% ../nbs/04_model.ipynb #1f33dbf9
 class Transformer(nn.Module):
     "A decoder-only Transformer language model (Radford et al., 2019)."
-    recompute = False  # while training: forget what lies inside the blocks, and compute it again on the way back
 
-    def __init__(self,
-        cfg: ModelConfig,
-    ):
+    # while training: forget what lies inside the blocks, and compute it again on the way back
+    recompute = False
+
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
-        check(cfg.vocab_size is not None, "model.vocab_size is not known yet: take it from the tokenizer")
+        check(
+            cfg.vocab_size is not None,
+            "model.vocab_size is not known yet: take it from the tokenizer",
+        )
         self.cfg = cfg
-        rotary, noise = cfg.positions == "rotary", cfg.dropout if cfg.embedding_dropout is None else cfg.embedding_dropout
-        self.embeddings = Embeddings(cfg.vocab_size, cfg.seq_len, cfg.embed_dim, noise, positions=not rotary)
-        self.blocks = nn.ModuleList(Block(cfg.embed_dim, cfg.num_heads, cfg.dropout, cfg.activation, cfg.norm, rotary, cfg.attention_dropout) for _ in range(cfg.num_layers))
+        rotary, noise = (
+            cfg.positions == "rotary",
+            (cfg.dropout if cfg.embedding_dropout is None else cfg.embedding_dropout),
+        )
+        self.embeddings = Embeddings(
+            cfg.vocab_size, cfg.seq_len, cfg.embed_dim, noise, positions=not rotary
+        )
+        self.blocks = nn.ModuleList(
+            Block(
+                cfg.embed_dim,
+                cfg.num_heads,
+                cfg.dropout,
+                cfg.activation,
+                cfg.norm,
+                rotary,
+                cfg.attention_dropout,
+            )
+            for _ in range(cfg.num_layers)
+        )
         self.norm = NORMS[cfg.norm](cfg.embed_dim)
         self.head = nn.Linear(cfg.embed_dim, cfg.vocab_size, bias=False)
         self.apply(init_weights)
-        for name, weight in self.named_parameters():  # each block adds to the stream twice: start those additions smaller
-            if name.endswith(("attention.proj.weight", "ffn.2.weight", "ffn.down.weight")): nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * cfg.num_layers))
+        # each block adds to the stream twice: start those additions smaller
+        for name, weight in self.named_parameters():
+            if name.endswith(("attention.proj.weight", "ffn.2.weight", "ffn.down.weight")):
+                nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * cfg.num_layers))
         with torch.no_grad():
             for weight in self.blocks.parameters():
-                if weight.ndim == 2: weight *= cfg.init_std / INIT_STD
+                if weight.ndim == 2:
+                    weight *= cfg.init_std / INIT_STD
             if cfg.positions == "learned" and cfg.position_start == "sinusoids":
-                self.embeddings.position.weight.copy_(INIT_STD * math.sqrt(2) * sinusoids(cfg.seq_len, cfg.embed_dim))  # as large as the random ones
-        if cfg.tie_weights: self.head.weight = self.embeddings.token.weight
+                # as large as the random ones
+                self.embeddings.position.weight.copy_(
+                    INIT_STD * math.sqrt(2) * sinusoids(cfg.seq_len, cfg.embed_dim)
+                )
+        if cfg.tie_weights:
+            self.head.weight = self.embeddings.token.weight
 
-    def forward(self,
-        x: torch.Tensor,               # (B, T) token ids
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, T) token ids
         return_weights: bool = False,  # also give the attention weights (num_layers, B, H, T, T)
-        y: torch.Tensor | None = None, # (B, T) the tokens that came next: give the mean loss instead
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # logits (B, T, V), or a scalar; and the weights, if asked for
+        # (B, T) the tokens that came next: give the mean loss instead
+        y: torch.Tensor | None = None,
+    ) -> (
+        torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+    ):  # logits (B, T, V), or a scalar; and the weights, if asked for
         h, weights = self.embeddings(x), []
         for block in self.blocks:
             if return_weights:
                 h, w = block(h, return_weights=True)
                 weights.append(w)
-            else: h = checkpoint(block, h, use_reentrant=False) if self.recompute and self.training else block(h)
+            else:
+                h = (
+                    checkpoint(block, h, use_reentrant=False)
+                    if self.recompute and self.training
+                    else block(h)
+                )
         h = self.norm(h)
         answer = self.head(h) if y is None else head_loss(h, self.head.weight, y)
         return (answer, torch.stack(weights)) if return_weights else answer
 
 # %% ../nbs/04_model.ipynb #3bd5a286
 def next_token_loss(
-    logits: torch.Tensor,  # (B, T, V)
-    y: torch.Tensor,       # (B, T) the tokens that came next
-) -> torch.Tensor:         # scalar
+    logits: torch.Tensor,
+    y: torch.Tensor,  # (B, T, V)  # (B, T) the tokens that came next
+) -> torch.Tensor:  # scalar
     "Mean cross-entropy in nats per token."
     return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 # %% ../nbs/04_model.ipynb #8e8e0650
-def count_parameters(
-    model: nn.Module,
-) -> int:
+def count_parameters(model: nn.Module) -> int:
     "Number of trained numbers; a tied matrix counts once."
     return sum(p.numel() for p in model.parameters())
 
-def parameter_formula(
-    cfg: ModelConfig,
-) -> dict[str, int]:  # part -> numbers
+
+def parameter_formula(cfg: ModelConfig) -> dict[str, int]:  # part -> numbers
     "The same count from the shapes alone."
-    V, T, C, N, F, ways = cfg.vocab_size, cfg.seq_len, cfg.embed_dim, cfg.num_layers, cfg.ffn_dim, 2 if cfg.activation == "swiglu" else 1  # into the middle
-    return {"token embedding": V * C, "position embedding": T * C if cfg.positions == "learned" else 0,
-            "attention": N * (4 * C * C + 4 * C), "feed-forward": N * ((ways + 1) * C * F + ways * F + C), "layer norms": (2 * N + 1) * (2 if cfg.norm == "layer" else 1) * C,
-            "head": 0 if cfg.tie_weights else V * C}
+    # into the middle
+    V, T, C, N, F, ways = (
+        cfg.vocab_size,
+        cfg.seq_len,
+        cfg.embed_dim,
+        cfg.num_layers,
+        cfg.ffn_dim,
+        2 if cfg.activation == "swiglu" else 1,
+    )
+    return {
+        "token embedding": V * C,
+        "position embedding": T * C if cfg.positions == "learned" else 0,
+        "attention": N * (4 * C * C + 4 * C),
+        "feed-forward": N * ((ways + 1) * C * F + ways * F + C),
+        "layer norms": (2 * N + 1) * (2 if cfg.norm == "layer" else 1) * C,
+        "head": 0 if cfg.tie_weights else V * C,
+    }
 
 # %% ../nbs/04_model.ipynb #5623eb55
 def flops_per_token(
     cfg: ModelConfig,
     T: int,  # tokens in the sequence
 ) -> dict[str, int]:  # part -> floating point operations
-    "Multiply-adds of the forward pass, two operations each; every query meets every key, as the plain path computes them."
-    V, C, N, matrices = cfg.vocab_size, cfg.embed_dim, cfg.num_layers, 3 if cfg.activation == "swiglu" else 2
-    return {"attention projections": N * 2 * 4 * C * C, "attention scores and mix": N * 2 * 2 * T * C, "feed-forward": N * 2 * matrices * C * cfg.ffn_dim, "head": 2 * C * V}
+    """Multiply-adds of the forward pass, two operations each; every query meets every key, as the
+    plain path computes them.
+    """
+    V, C, N, matrices = (
+        cfg.vocab_size,
+        cfg.embed_dim,
+        cfg.num_layers,
+        3 if cfg.activation == "swiglu" else 2,
+    )
+    return {
+        "attention projections": N * 2 * 4 * C * C,
+        "attention scores and mix": N * 2 * 2 * T * C,
+        "feed-forward": N * 2 * matrices * C * cfg.ffn_dim,
+        "head": 2 * C * V,
+    }
 
 # %% ../nbs/04_model.ipynb #45a9fddf
 class HeadLoss(torch.autograd.Function):
     "Mean next-token loss from the last hidden vectors, some rows at a time; use `head_loss`."
-    ROWS = 1024  # at a time, in 16 bits: enough for fast products, few enough to be a small part of the memory; a quarter of it in wider numbers
+
+    # at a time, in 16 bits: enough for fast products, few enough to be a small part of the memory;
+    # a quarter of it in wider numbers
+    ROWS = 1024
 
     @staticmethod
-    def forward(ctx,
-        h: torch.Tensor,       # (N, C)
+    def forward(
+        ctx,
+        h: torch.Tensor,  # (N, C)
         weight: torch.Tensor,  # (V, C) of the head
-        y: torch.Tensor,       # (N,)
-        dtype: torch.dtype,    # of the products
-        learning: bool,        # whether the gradient is wanted
-    ) -> torch.Tensor:         # scalar
+        y: torch.Tensor,  # (N,)
+        dtype: torch.dtype,  # of the products
+        learning: bool,  # whether the gradient is wanted
+    ) -> torch.Tensor:  # scalar
         (N, C), V, W = h.shape, len(weight), weight.to(dtype)
-        rows, exact = (HeadLoss.ROWS, torch.float32) if dtype.itemsize < 4 else (HeadLoss.ROWS // 4, dtype)
-        room, losses = h.new_empty(min(N, rows), -(-V // 64) * 64, dtype=dtype), h.new_empty(N, dtype=exact)  # each row begins at a multiple of 64 numbers
-        if learning: dh, dW = torch.empty_like(h), torch.zeros_like(weight, dtype=exact)
+        rows, exact = (
+            (HeadLoss.ROWS, torch.float32) if dtype.itemsize < 4 else (HeadLoss.ROWS // 4, dtype)
+        )
+        # each row begins at a multiple of 64 numbers
+        room, losses = (
+            h.new_empty(min(N, rows), -(-V // 64) * 64, dtype=dtype),
+            h.new_empty(N, dtype=exact),
+        )
+        if learning:
+            dh, dW = torch.empty_like(h), torch.zeros_like(weight, dtype=exact)
         for start in range(0, N, rows):
             part = slice(start, start + rows)
             x, target = h[part].to(dtype), y[part]
-            z = room[:len(x)]
-            z[:, V:] = -math.inf                                              # no token stands there
-            torch.mm(x, W.T, out=z[:, :V])                                    # the logits of these rows
+            z = room[: len(x)]
+            z[:, V:] = -math.inf  # no token stands there
+            torch.mm(x, W.T, out=z[:, :V])  # the logits of these rows
             if not learning:
                 losses[part] = F.cross_entropy(z[:, :V].to(exact), target, reduction="none")
                 continue
-            p, came = torch.softmax(z, dim=1, out=z), (torch.arange(len(x), device=h.device), target)
+            p, came = (
+                torch.softmax(z, dim=1, out=z),
+                (torch.arange(len(x), device=h.device), target),
+            )
             right = p[came].to(exact)
             p[came] = 0
-            others = p.sum(dim=1)                                             # 1 - right, with all its digits where it is small
-            p[came] = -others                                                 # p - e_y
+            others = p.sum(dim=1)  # 1 - right, with all its digits where it is small
+            p[came] = -others  # p - e_y
             losses[part] = torch.where(right > 0.5, -torch.log1p(-others.to(exact)), -right.log())
-            if (far := right < 1e-30).any(): losses[part][far] = F.cross_entropy((x[far] @ W.T).to(exact), target[far], reduction="none")  # too small for a logarithm
+            # too small for a logarithm
+            if (far := right < 1e-30).any():
+                losses[part][far] = F.cross_entropy(
+                    (x[far] @ W.T).to(exact), target[far], reduction="none"
+                )
             p = p[:, :V]
             dh[part] = p @ W
-            if exact == dtype: dW.addmm_(p.T, x)
-            else: dW += p.T @ x                                               # sums in float32
-        if learning: ctx.save_for_backward(dh, dW)
+            if exact == dtype:
+                dW.addmm_(p.T, x)
+            else:
+                dW += p.T @ x  # sums in float32
+        if learning:
+            ctx.save_for_backward(dh, dW)
         return losses.mean()
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled(): raise RuntimeError("head_loss has no second derivative: take next_token_loss of the logits")
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "head_loss has no second derivative: take next_token_loss of the logits"
+            )
         dh, dW = ctx.saved_tensors
         return dh * (grad / len(dh)), dW * (grad / len(dh)), None, None, None
 
+
 def head_loss(
-    h: torch.Tensor,       # (B, T, C) after the last norm
+    h: torch.Tensor,  # (B, T, C) after the last norm
     weight: torch.Tensor,  # (V, C) of the head
-    y: torch.Tensor,       # (B, T) the tokens that came next; where no gradient is asked for, places with -1 are left out
-) -> torch.Tensor:         # scalar
-    "The mean next-token loss in nats, equal to that of the logits, which are never there all at once."
+    # (B, T) the tokens that came next; where no gradient is asked for, places with -1 are left out
+    y: torch.Tensor,
+) -> torch.Tensor:  # scalar
+    """The mean next-token loss in nats, equal to that of the logits, which are never there all at
+    once.
+    """
     device = h.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else h.dtype
     learning = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     h, y = h.flatten(0, 1), y.flatten()
-    if not learning: h, y = h[y >= 0], y[y >= 0]
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():  # it casts by itself, and on CUDA autocast would turn its 16-bit sums into float32
+    if not learning:
+        h, y = h[y >= 0], y[y >= 0]
+    # it casts by itself, and on CUDA autocast would turn its 16-bit sums into float32
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
         return HeadLoss.apply(h, weight, y, dtype, learning)
 
 # %% ../nbs/04_model.ipynb #dfbdced1
-def hf_names(
-    cfg: ModelConfig,
-) -> dict[str, str]:  # our name -> the name in `GPT2LMHeadModel`
+def hf_names(cfg: ModelConfig) -> dict[str, str]:  # our name -> the name in `GPT2LMHeadModel`
     "Which of our parameters is which of GPT-2's."
-    parts = {"norm1": "ln_1", "attention.qkv": "attn.c_attn", "attention.proj": "attn.c_proj", "norm2": "ln_2", "ffn.0": "mlp.c_fc", "ffn.2": "mlp.c_proj"}
-    names = {"embeddings.token.weight": "transformer.wte.weight", "embeddings.position.weight": "transformer.wpe.weight"}
-    names |= {f"blocks.{i}.{ours}.{kind}": f"transformer.h.{i}.{theirs}.{kind}" for i in range(cfg.num_layers) for ours, theirs in parts.items() for kind in ("weight", "bias")}
+    parts = {
+        "norm1": "ln_1",
+        "attention.qkv": "attn.c_attn",
+        "attention.proj": "attn.c_proj",
+        "norm2": "ln_2",
+        "ffn.0": "mlp.c_fc",
+        "ffn.2": "mlp.c_proj",
+    }
+    names = {
+        "embeddings.token.weight": "transformer.wte.weight",
+        "embeddings.position.weight": "transformer.wpe.weight",
+    }
+    names |= {
+        f"blocks.{i}.{ours}.{kind}": f"transformer.h.{i}.{theirs}.{kind}"
+        for i in range(cfg.num_layers)
+        for ours, theirs in parts.items()
+        for kind in ("weight", "bias")
+    }
     names |= {f"norm.{kind}": f"transformer.ln_f.{kind}" for kind in ("weight", "bias")}
     return names if cfg.tie_weights else names | {"head.weight": "lm_head.weight"}
+
 
 def turned(name: str) -> bool:
     "Whether GPT-2 keeps this matrix of ours as (in, out)."
     return name.endswith((".qkv.weight", ".proj.weight", ".ffn.0.weight", ".ffn.2.weight"))
 
 # %% ../nbs/04_model.ipynb #d74c7244
-def hf_folder(
-    source: str | Path,  # a folder, or the Hub's owner/name
-) -> Path:
-    "The folder that holds a model of Hugging Face, fetched from the Hub if it is none here; `InputError` where there is nothing."
+def hf_folder(source: str | Path) -> Path:  # a folder, or the Hub's owner/name
+    """The folder that holds a model of Hugging Face, fetched from the Hub if it is none here;
+    `InputError` where there is nothing.
+    """
     folder = os.path.expanduser(source)
-    if os.path.isdir(folder): return Path(folder)
-    check(is_hub_name(str(source)), f"there is no folder {str(source)!r}: give one that holds a GPT-2, or a name on the Hub such as openai-community/gpt2")
+    if os.path.isdir(folder):
+        return Path(folder)
+    check(
+        is_hub_name(str(source)),
+        f"there is no folder {str(source)!r}: give one that holds a GPT-2, or a name on the Hub"
+        " such as openai-community/gpt2",
+    )
     import huggingface_hub
-    huggingface_hub.logging.set_verbosity_error()  # it retries on its own; what it says of each try would bury our line
-    try: return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=["config.json", "model.safetensors", "tokenizer.json"]))
-    except Exception as error: raise hub_error(str(source), error) from error
+
+    # it retries on its own; what it says of each try would bury our line
+    huggingface_hub.logging.set_verbosity_error()
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                str(source), allow_patterns=["config.json", "model.safetensors", "tokenizer.json"]
+            )
+        )
+    except Exception as error:
+        raise hub_error(str(source), error) from error
 
 # %% ../nbs/04_model.ipynb #243ae6d2
-HF_ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}  # GPT-2's name -> ours
+# GPT-2's name -> ours
+HF_ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 
-def read_hf_config(
-    source: str,  # for messages
-    said: dict,   # field -> value
-) -> ModelConfig:
+
+def read_hf_config(source: str, said: dict) -> ModelConfig:  # for messages  # field -> value
     "The shape of a GPT-2; `InputError` names the field that we have nothing for."
     from transformers import GPT2Config
+
     found = GPT2Config().to_dict() | dict(model_type=None) | said  # what is left out is as in GPT-2
-    def need(field, fits, wish): check(fits(found[field]), f"{source} is no model of ours: its {field} is {found[field]!r}, not {wish}")
-    def one_of(field, *wanted): need(field, lambda value: value in wanted, " or ".join(map(repr, wanted)))
+
+    def need(field, fits, wish):
+        check(
+            fits(found[field]),
+            f"{source} is no model of ours: its {field} is {found[field]!r}, not {wish}",
+        )
+
+    def one_of(field, *wanted):
+        need(field, lambda value: value in wanted, " or ".join(map(repr, wanted)))
+
     one_of("model_type", "gpt2")
-    for field in ("vocab_size", "n_positions", "n_embd", "n_head", "n_layer"): need(field, lambda value: type(value) is int, "a whole number")
+    for field in ("vocab_size", "n_positions", "n_embd", "n_head", "n_layer"):
+        need(field, lambda value: type(value) is int, "a whole number")
     one_of("tie_word_embeddings", True, False)
     one_of("activation_function", *HF_ACTIVATIONS)
     one_of("layer_norm_epsilon", 1e-5)
@@ -256,86 +418,182 @@ def read_hf_config(
     one_of("scale_attn_by_inverse_layer_idx", False)
     one_of("add_cross_attention", False)
     one_of("n_inner", None, 4 * found["n_embd"])
-    return ModelConfig(vocab_size=found["vocab_size"], seq_len=found["n_positions"], embed_dim=found["n_embd"], num_heads=found["n_head"], num_layers=found["n_layer"],
-                       tie_weights=found["tie_word_embeddings"], activation=HF_ACTIVATIONS[found["activation_function"]])
+    return ModelConfig(
+        vocab_size=found["vocab_size"],
+        seq_len=found["n_positions"],
+        embed_dim=found["n_embd"],
+        num_heads=found["n_head"],
+        num_layers=found["n_layer"],
+        tie_weights=found["tie_word_embeddings"],
+        activation=HF_ACTIVATIONS[found["activation_function"]],
+    )
 
-def hf_shape(
-    folder: Path,
-) -> ModelConfig:
+
+def hf_shape(folder: Path) -> ModelConfig:
     "The shape of the GPT-2 in a folder; `InputError` also if its tokenizer is another's."
-    file = folder/"tokenizer.json"
-    try: said = json.loads((folder/"config.json").read_text())
-    except (OSError, ValueError) as error: raise InputError(f"{folder/'config.json'} is missing or damaged ({type(error).__name__}): give a folder that save_pretrained has written") from error
+    file = folder / "tokenizer.json"
+    try:
+        said = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder / 'config.json'} is missing or damaged ({type(error).__name__}): give a folder"
+            " that save_pretrained has written"
+        ) from error
     cfg = read_hf_config(str(folder), said if isinstance(said, dict) else {})
     if file.exists():
-        try: V = Tokenizer.from_file(str(file)).get_vocab_size()
-        except Exception as error: raise InputError(f"{file} is damaged ({type(error).__name__}): take it anew from where the model came from") from error
-        check(V == cfg.vocab_size, f"{file} has {V} tokens, but the vocab_size in config.json is {cfg.vocab_size}: it belongs to another model")
+        try:
+            V = Tokenizer.from_file(str(file)).get_vocab_size()
+        except Exception as error:
+            raise InputError(
+                f"{file} is damaged ({type(error).__name__}): take it anew from where the model"
+                " came from"
+            ) from error
+        check(
+            V == cfg.vocab_size,
+            f"{file} has {V} tokens, but the vocab_size in config.json is {cfg.vocab_size}: it"
+            " belongs to another model",
+        )
     return cfg
 
 # %% ../nbs/04_model.ipynb #3dce4108
-def read_hf_weights(
-    folder: Path,
-) -> dict[str, torch.Tensor]:  # GPT-2's names -> tensors
+def read_hf_weights(folder: Path) -> dict[str, torch.Tensor]:  # GPT-2's names -> tensors
     "What is in a folder's `model.safetensors`; `InputError` for a pickle, or for what is damaged."
-    file = folder/"model.safetensors"
-    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
-    instead = f", only {pickles[0]}, a pickle, which could run any code: open it where you trust it, and write it anew with save_pretrained" if pickles else ": give a folder that save_pretrained has written"
+    file = folder / "model.safetensors"
+    pickles = sorted(
+        f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+    )
+    instead = (
+        f", only {pickles[0]}, a pickle, which could run any code: open it where you trust it, and"
+        " write it anew with save_pretrained"
+        if pickles
+        else ": give a folder that save_pretrained has written"
+    )
     check(file.is_file(), f"{folder} holds no model.safetensors{instead}")
-    try: return safetensors.torch.load_file(file)
-    except Exception as error: raise InputError(f"{file} is damaged, or no safetensors file ({' '.join(str(error).split())[:100]}): write it anew with save_pretrained") from error
+    try:
+        return safetensors.torch.load_file(file)
+    except Exception as error:
+        raise InputError(
+            f"{file} is damaged, or no safetensors file ({' '.join(str(error).split())[:100]}):"
+            " write it anew with save_pretrained"
+        ) from error
+
 
 def take_hf_weights(
-    source: str,                         # for messages
-    found: dict[str, torch.Tensor],      # GPT-2's names -> tensors
-    model: Transformer,                  # of the same shape; gets copies, in single precision
+    source: str,  # for messages
+    found: dict[str, torch.Tensor],  # GPT-2's names -> tensors
+    model: Transformer,  # of the same shape; gets copies, in single precision
 ) -> None:
-    "Put the weights of a GPT-2 into `model`; `InputError` names the tensors that are missing, left over, of another shape, or no floats."
+    """Put the weights of a GPT-2 into `model`; `InputError` names the tensors that are missing,
+    left over, of another shape, or no floats.
+    """
     names, params = hf_names(model.cfg), dict(model.named_parameters())
-    full = {name.removeprefix("transformer."): name for name in names.values()}  # GPT-2's own file goes without the prefix
-    found = {full.get(name, name): weight for name, weight in found.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}  # less the causal masks
+    # GPT-2's own file goes without the prefix
+    full = {name.removeprefix("transformer."): name for name in names.values()}
+    # less the causal masks
+    found = {
+        full.get(name, name): weight
+        for name, weight in found.items()
+        if not re.search(r"\.attn\.(masked_)?bias$", name)
+    }
     if model.cfg.tie_weights and "lm_head.weight" in found:
         head, tokens = found.pop("lm_head.weight"), found.get("transformer.wte.weight")
-        check(tokens is None or torch.equal(head, tokens), f"{source} has an lm_head.weight that differs from transformer.wte.weight, but tie_word_embeddings is true: set it to false")
-    def none(wrong, what): check(not wrong, f"{source} {what}: {', '.join(sorted(wrong)[:3])}")
+        check(
+            tokens is None or torch.equal(head, tokens),
+            f"{source} has an lm_head.weight that differs from transformer.wte.weight, but"
+            " tie_word_embeddings is true: set it to false",
+        )
+
+    def none(wrong, what):
+        check(not wrong, f"{source} {what}: {', '.join(sorted(wrong)[:3])}")
+
     none(names.values() - found.keys(), "lacks tensors")
     none(found.keys() - names.values(), "has tensors that GPT-2 has not")
-    def shaped(name, weight): return weight.transpose(0, -1) if turned(name) else weight
-    none([f"{theirs} {tuple(found[theirs].shape)}" for ours, theirs in names.items() if shaped(ours, params[ours]).shape != found[theirs].shape], "has tensors of another shape than its configuration says")
-    none([name for name, weight in found.items() if not weight.is_floating_point()], "has tensors that are no floating point numbers")
-    weights = {ours: shaped(ours, found[theirs]).clone(memory_format=torch.contiguous_format).float() for ours, theirs in names.items()}
-    model.load_state_dict(weights, strict=False, assign=True)  # all names have been compared; a tied matrix has two of ours
-    if model.cfg.tie_weights: model.head.weight = model.embeddings.token.weight
+
+    def shaped(name, weight):
+        return weight.transpose(0, -1) if turned(name) else weight
+
+    none(
+        [
+            f"{theirs} {tuple(found[theirs].shape)}"
+            for ours, theirs in names.items()
+            if shaped(ours, params[ours]).shape != found[theirs].shape
+        ],
+        "has tensors of another shape than its configuration says",
+    )
+    none(
+        [name for name, weight in found.items() if not weight.is_floating_point()],
+        "has tensors that are no floating point numbers",
+    )
+    weights = {
+        ours: shaped(ours, found[theirs]).clone(memory_format=torch.contiguous_format).float()
+        for ours, theirs in names.items()
+    }
+    # all names have been compared; a tied matrix has two of ours
+    model.load_state_dict(weights, strict=False, assign=True)
+    if model.cfg.tie_weights:
+        model.head.weight = model.embeddings.token.weight
 
 # %% ../nbs/04_model.ipynb #f2c4b749
-if TYPE_CHECKING: from transformers import GPT2LMHeadModel
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
 
 def from_hf(
     cls: type[Transformer],
     source: "str | Path | GPT2LMHeadModel",  # a folder, the Hub's owner/name, or the model itself
 ) -> Transformer:
-    "The same model with GPT-2's weights, in evaluation mode; `InputError` names the field or the tensor that does not fit."
-    if isinstance(source, nn.Module): where, cfg, weights = "the model", read_hf_config("the model", source.config.to_dict()), source.state_dict()
-    else: cfg, weights = hf_shape(where := hf_folder(source)), read_hf_weights(where)
-    with torch.device("meta"): model = cls(cfg)
+    """The same model with GPT-2's weights, in evaluation mode; `InputError` names the field or the
+    tensor that does not fit.
+    """
+    if isinstance(source, nn.Module):
+        where, cfg, weights = (
+            "the model",
+            read_hf_config("the model", source.config.to_dict()),
+            source.state_dict(),
+        )
+    else:
+        cfg, weights = hf_shape(where := hf_folder(source)), read_hf_weights(where)
+    with torch.device("meta"):
+        model = cls(cfg)
     take_hf_weights(str(where), weights, model)
     return model.eval()
 
+
 Transformer.from_hf = classmethod(from_hf)
 
-def to_hf(
-    model: Transformer,
-) -> "GPT2LMHeadModel":
+
+def to_hf(model: Transformer) -> "GPT2LMHeadModel":
     "Hugging Face's GPT-2 with our weights: what `transformers` and all that stands on it can use."
     from transformers import GPT2Config, GPT2LMHeadModel
+
     cfg = model.cfg
-    for name, known in dict(activation=HF_ACTIVATIONS.values(), norm=["layer"], positions=["learned"]).items():
-        check(getattr(cfg, name) in known, f"this model has model.{name} {getattr(cfg, name)!r}, which GPT-2 has not: train one with {' or '.join(dict.fromkeys(known))} to take it there")
+    for name, known in dict(
+        activation=HF_ACTIVATIONS.values(), norm=["layer"], positions=["learned"]
+    ).items():
+        check(
+            getattr(cfg, name) in known,
+            f"this model has model.{name} {getattr(cfg, name)!r}, which GPT-2 has not: train one"
+            f" with {' or '.join(dict.fromkeys(known))} to take it there",
+        )
     activation = next(theirs for theirs, ours in HF_ACTIVATIONS.items() if ours == cfg.activation)
-    twin = GPT2LMHeadModel(GPT2Config(vocab_size=cfg.vocab_size, n_positions=cfg.seq_len, n_embd=cfg.embed_dim, n_head=cfg.num_heads, n_layer=cfg.num_layers, activation_function=activation,
-                                      tie_word_embeddings=cfg.tie_weights, resid_pdrop=cfg.dropout, embd_pdrop=cfg.dropout if cfg.embedding_dropout is None else cfg.embedding_dropout,
-                                      attn_pdrop=cfg.dropout if cfg.attention_dropout is None else cfg.attention_dropout, bos_token_id=None, eos_token_id=None)).eval()
+    twin = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=cfg.vocab_size,
+            n_positions=cfg.seq_len,
+            n_embd=cfg.embed_dim,
+            n_head=cfg.num_heads,
+            n_layer=cfg.num_layers,
+            activation_function=activation,
+            tie_word_embeddings=cfg.tie_weights,
+            resid_pdrop=cfg.dropout,
+            embd_pdrop=cfg.dropout if cfg.embedding_dropout is None else cfg.embedding_dropout,
+            attn_pdrop=cfg.dropout if cfg.attention_dropout is None else cfg.attention_dropout,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).eval()
     weights = dict(model.named_parameters())
     with torch.no_grad():
-        for name, there in hf_names(cfg).items(): twin.get_parameter(there).copy_(weights[name].T if turned(name) else weights[name])
+        for name, there in hf_names(cfg).items():
+            twin.get_parameter(there).copy_(weights[name].T if turned(name) else weights[name])
     return twin

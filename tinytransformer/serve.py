@@ -10,7 +10,17 @@ __all__ = ['Prompt', 'TokenId', 'log', 'POLICY', 'HEADERS', 'OPEN', 'PAGE', 'SCR
            'Guard', 'or_gone', 'make_app', 'Server', 'listen', 'serve']
 
 # %% ../nbs/appendix/serve.ipynb #a278c4f2
-import asyncio, hmac, json, logging, os, queue, secrets, signal, socket, threading, time
+import asyncio
+import hmac
+import json
+import logging
+import os
+import queue
+import secrets
+import signal
+import socket
+import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
@@ -20,7 +30,8 @@ from importlib.resources import files
 from typing import Annotated, Any, Literal
 
 import prometheus_client as prometheus
-import torch, uvicorn
+import torch
+import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
@@ -41,50 +52,83 @@ from .train import Run
 @dataclass
 class ServeConfig:
     "Where to listen, whom to answer, and how much to take on."
-    host: str = "127.0.0.1"        # address to listen at; 0.0.0.0 is reachable from other machines: set a key first
-    port: int = 8000               # 0 takes any that is free
-    rows: int = 16                 # texts that are written together
-    queue: int = 64                # texts that may wait; beyond that the answer is 429
-    max_tokens: int = 4096         # that a request may ask for, all its choices together
-    max_body: int = 262_144        # bytes of a request
-    max_weights: int = 1_000_000   # in an attention map
-    shutdown_seconds: float = 20.0 # for what is being written, once it is told to stop
-    key: str = field(default_factory=lambda: os.environ.get("TINYTRANSFORMER_KEY", ""), repr=False)  # that clients must show; empty, none
+
+    # address to listen at; 0.0.0.0 is reachable from other machines: set a key first
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0 takes any that is free
+    rows: int = 16  # texts that are written together
+    queue: int = 64  # texts that may wait; beyond that the answer is 429
+    max_tokens: int = 4096  # that a request may ask for, all its choices together
+    max_body: int = 262_144  # bytes of a request
+    max_weights: int = 1_000_000  # in an attention map
+    shutdown_seconds: float = 20.0  # for what is being written, once it is told to stop
+    # that clients must show; empty, none
+    key: str = field(default_factory=lambda: os.environ.get("TINYTRANSFORMER_KEY", ""), repr=False)
 
     def __post_init__(self):
         check(0 <= self.port < 2**16, f"serve.port is {self.port}: give 0 to 65535")
-        for name in ("rows", "max_tokens", "max_body", "max_weights"): check(getattr(self, name) >= 1, f"serve.{name} is {getattr(self, name)}: give at least 1")
+        for name in ("rows", "max_tokens", "max_body", "max_weights"):
+            check(
+                getattr(self, name) >= 1, f"serve.{name} is {getattr(self, name)}: give at least 1"
+            )
         check(self.queue >= 0, f"serve.queue is {self.queue}: give 0 or more")
-        check(0 <= self.shutdown_seconds < 1e6, f"serve.shutdown_seconds is {self.shutdown_seconds}: give 0 or more, and less than a million")
-        check(self.key.isascii() and (self.key.isprintable() and " " not in self.key), "serve.key: give letters, digits and signs of ASCII, without spaces")
+        check(
+            0 <= self.shutdown_seconds < 1e6,
+            f"serve.shutdown_seconds is {self.shutdown_seconds}: give 0 or more, and less than a"
+            " million",
+        )
+        check(
+            self.key.isascii() and (self.key.isprintable() and " " not in self.key),
+            "serve.key: give letters, digits and signs of ASCII, without spaces",
+        )
 
 # %% ../nbs/appendix/serve.ipynb #c0c1b55b
 class Strict(BaseModel):
-    "A body of a request: its own fields and no others, each of its own type; null is a field's default."
+    """A body of a request: its own fields and no others, each of its own type; null is a field's
+    default.
+    """
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def null_is_the_default(cls, values: Any) -> Any:
-        return {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
+        return (
+            {name: value for name, value in values.items() if value is not None}
+            if isinstance(values, dict)
+            else values
+        )
+
 
 Prompt = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
+
 class StreamOptions(Strict):
     "What a stream tells besides."
+
     include_usage: bool | None = False
+
 
 class CompletionRequest(Strict):
     "What a client asks for."
+
     model: str
-    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1)] | Annotated[list[TokenId], Field(min_length=1)] | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    prompt: (
+        Prompt
+        | Annotated[list[Prompt], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    )
     suffix: str | None = Field(None, description="Refused: the model only reads forward.")
     max_tokens: Annotated[int, Field(ge=0)] | None = Field(16, description="0 only with `echo`.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     n: Annotated[int, Field(ge=1, le=128)] | None = 1
-    best_of: Annotated[int, Field(ge=1, le=20)] | None = Field(None, description="Writes so many and returns the `n` with the highest mean log-probability.")
+    best_of: Annotated[int, Field(ge=1, le=20)] | None = Field(
+        None,
+        description="Writes so many and returns the `n` with the highest mean log-probability.",
+    )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: Prompt | Annotated[list[Prompt], Field(max_length=4)] | None = None
@@ -92,41 +136,59 @@ class CompletionRequest(Strict):
     echo: bool | None = False
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = None
-    seed: Annotated[int, Field(ge=-2**63, lt=2**63)] | None = Field(None, description="Left out, one is drawn.")
+    logit_bias: (
+        dict[
+            Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]
+        ]
+        | None
+    ) = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
+        None, description="Left out, one is drawn."
+    )
     user: str | None = Field(None, description="Not used.")
     top_k: Annotated[int, Field(ge=-1)] | None = Field(-1, description="0 and -1 keep all tokens.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = 1.0
 
+
 class AttentionRequest(Strict):
     "A text to look at."
+
     prompt: Prompt
 
 # %% ../nbs/appendix/serve.ipynb #a5b7922f
 class Logprobs(BaseModel):
     "A list each, one entry for every token."
+
     tokens: list[str]
-    token_logprobs: list[float | None]           # None for the first token of a prompt, which follows nothing
-    top_logprobs: list[dict[str, float] | None]  # of the likeliest tokens, and of the one that was written
-    text_offset: list[int]                       # where in prompt and text together the token begins, in characters
+    # None for the first token of a prompt, which follows nothing
+    token_logprobs: list[float | None]
+    # of the likeliest tokens, and of the one that was written
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]  # where in prompt and text together the token begins, in characters
+
 
 class CompletionChoice(BaseModel):
     "One text."
+
     text: str
     index: int
     logprobs: Logprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
 
+
 class Usage(BaseModel):
     "Tokens that were read and written."
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
+
 class Completion(BaseModel):
     "The answer, or a piece of it."
+
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
@@ -134,96 +196,137 @@ class Completion(BaseModel):
     choices: list[CompletionChoice]
     usage: Usage | None = None
 
+
 class Model(BaseModel):
     "What is served."
+
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "tinytransformer"
 
+
 class Models(BaseModel):
     "All that is served."
+
     object: Literal["list"] = "list"
     data: list[Model]
 
+
 class Health(BaseModel):
     "That the server answers."
+
     status: Literal["ok"] = "ok"
+
 
 class Problem(BaseModel):
     "What was wrong."
+
     message: str
     type: str
     param: str | None
     code: str | None
 
+
 class ProblemResponse(BaseModel):
     "A refusal."
+
     error: Problem
 
 # %% ../nbs/appendix/serve.ipynb #18c1f753
 class Refused(Exception):
     "An answer that is an error."
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None):
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
         self.status, self.param, self.code, self.headers = status, param, code, headers
 
     def content(self) -> dict:
         "The body, in OpenAI's form."
-        kind = {429: "rate_limit_error"}.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        kind = {429: "rate_limit_error"}.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
         return dict(error=dict(message=str(self), type=kind, param=self.param, code=self.code))
 
-    def response(self) -> JSONResponse: return JSONResponse(self.content(), self.status, self.headers)
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.content(), self.status, self.headers)
 
-def what_is_wrong(
-    errors: Sequence[dict],  # of pydantic
-) -> Refused:
+
+def what_is_wrong(errors: Sequence[dict]) -> Refused:  # of pydantic
     "The first field that does not fit, in one line."
     where = errors[0]["loc"][1:2]
     name = str(where[0]) if where and isinstance(where[0], str) else None
-    if errors[0]["type"] == "extra_forbidden" and len(errors[0]["loc"]) == 2: return Refused(400, f"Unrecognized request argument supplied: {name[:100]!a}", name[:100].encode("ascii", "replace").decode())
-    said = "; or ".join(dict.fromkeys(e["msg"] for e in errors if e["loc"][1:2] == where))  # a field of several forms has an error for each
-    return Refused(400, f"{name or 'the body'}: {said}"[:500].encode("ascii", "replace").decode(), name)
+    if errors[0]["type"] == "extra_forbidden" and len(errors[0]["loc"]) == 2:
+        return Refused(
+            400,
+            f"Unrecognized request argument supplied: {name[:100]!a}",
+            name[:100].encode("ascii", "replace").decode(),
+        )
+    # a field of several forms has an error for each
+    said = "; or ".join(dict.fromkeys(e["msg"] for e in errors if e["loc"][1:2] == where))
+    return Refused(
+        400, f"{name or 'the body'}: {said}"[:500].encode("ascii", "replace").decode(), name
+    )
 
 # %% ../nbs/appendix/serve.ipynb #5f2d205d
 @dataclass(eq=False)
 class Choice:
     "One text that is asked for."
-    index: int                 # in its request
+
+    index: int  # in its request
     prompt: list[int]
-    text: str                  # of the prompt
-    cfg: SampleConfig | None   # None: only read the prompt
-    top: int | None            # how many of the likeliest tokens to tell with each; None: no log-probabilities
-    echo: bool                 # begin with the prompt
-    row: Row | None = None     # its place in the batch
-    gone: bool = False         # nobody waits for it any more
-    written: int = 0           # tokens
-    seen: float = field(default_factory=time.monotonic)    # when it came, and later when its last token did
-    heard: asyncio.Queue | None = None                     # where its pieces go
+    text: str  # of the prompt
+    cfg: SampleConfig | None  # None: only read the prompt
+    # how many of the likeliest tokens to tell with each; None: no log-probabilities
+    top: int | None
+    echo: bool  # begin with the prompt
+    row: Row | None = None  # its place in the batch
+    gone: bool = False  # nobody waits for it any more
+    written: int = 0  # tokens
+    # when it came, and later when its last token did
+    seen: float = field(default_factory=time.monotonic)
+    heard: asyncio.Queue | None = None  # where its pieces go
+
 
 @dataclass
 class Piece:
     "More of a choice."
+
     index: int
     text: str
     ids: list[int]
     logprobs: list[float | None]
     tops: list[dict[int, float] | None]
     reason: str | None = None  # why it ends here
-    echo: bool = False         # it is the prompt
+    echo: bool = False  # it is the prompt
 
     def __add__(self, more: "Piece") -> "Piece":
-        return Piece(self.index, self.text + more.text, self.ids + more.ids, self.logprobs + more.logprobs, self.tops + more.tops, more.reason)
+        return Piece(
+            self.index,
+            self.text + more.text,
+            self.ids + more.ids,
+            self.logprobs + more.logprobs,
+            self.tops + more.tops,
+            more.reason,
+        )
+
 
 @torch.no_grad()
 def scores(
     model: Transformer,
-    ids: list[int],  # T
-    top: int,
+    ids: list[int],
+    top: int,  # T
 ) -> tuple[list[float | None], list[dict[int, float] | None]]:  # T each
     "Log-probability of each token of a text, and of the likeliest in its place."
     x = torch.tensor([ids], device=model.embeddings.token.weight.device)
-    logprobs = model(x)[0, :-1].log_softmax(dim=-1)                                                      # (T - 1, V)
+    logprobs = model(x)[0, :-1].log_softmax(dim=-1)  # (T - 1, V)
     best = logprobs.topk(min(top, logprobs.shape[1]), dim=-1)
     tops = [dict(zip(i, v)) for i, v in zip(best.indices.tolist(), best.values.tolist())]
     return [None, *logprobs.gather(1, x[0, 1:, None])[:, 0].tolist()], [None, *tops]
@@ -231,25 +334,55 @@ def scores(
 # %% ../nbs/appendix/serve.ipynb #bcff4031
 class Numbers:
     "What is counted, in a registry of its own."
+
     def __init__(self):
-        self.registry, times = prometheus.CollectorRegistry(), (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30)
-        self.requests = prometheus.Counter("tinytransformer_requests", "Requests that were answered", ["path", "status"], registry=self.registry)
-        self.read = prometheus.Counter("tinytransformer_tokens_read", "Tokens of prompts", registry=self.registry)
-        self.written = prometheus.Counter("tinytransformer_tokens_written", "Tokens that were written", registry=self.registry)
-        self.rows = prometheus.Gauge("tinytransformer_rows", "Texts that are being written", registry=self.registry)
-        self.waiting = prometheus.Gauge("tinytransformer_waiting", "Texts that wait", registry=self.registry)
-        self.first = prometheus.Histogram("tinytransformer_first_token_seconds", "From the request to its first token", buckets=times, registry=self.registry)
-        self.next = prometheus.Histogram("tinytransformer_next_token_seconds", "From a token to the next", buckets=times, registry=self.registry)
+        self.registry, times = (
+            prometheus.CollectorRegistry(),
+            (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+        )
+        self.requests = prometheus.Counter(
+            "tinytransformer_requests",
+            "Requests that were answered",
+            ["path", "status"],
+            registry=self.registry,
+        )
+        self.read = prometheus.Counter(
+            "tinytransformer_tokens_read", "Tokens of prompts", registry=self.registry
+        )
+        self.written = prometheus.Counter(
+            "tinytransformer_tokens_written", "Tokens that were written", registry=self.registry
+        )
+        self.rows = prometheus.Gauge(
+            "tinytransformer_rows", "Texts that are being written", registry=self.registry
+        )
+        self.waiting = prometheus.Gauge(
+            "tinytransformer_waiting", "Texts that wait", registry=self.registry
+        )
+        self.first = prometheus.Histogram(
+            "tinytransformer_first_token_seconds",
+            "From the request to its first token",
+            buckets=times,
+            registry=self.registry,
+        )
+        self.next = prometheus.Histogram(
+            "tinytransformer_next_token_seconds",
+            "From a token to the next",
+            buckets=times,
+            registry=self.registry,
+        )
 
 # %% ../nbs/appendix/serve.ipynb #041d5669
 log = logging.getLogger("tinytransformer")
 
+
 class Decoder:
     "The thread that owns the model, and what the event loop may ask of it."
+
     def __init__(self, run: Run, cfg: ServeConfig, numbers: Numbers):
         self.run, self.cfg, self.numbers = run, cfg, numbers
-        self.free = cfg.rows + cfg.queue                  # places; counted by the event loop alone
-        self.inbox: queue.SimpleQueue = queue.SimpleQueue()  # what to do between two steps: (future, action), or None to end
+        self.free = cfg.rows + cfg.queue  # places; counted by the event loop alone
+        # what to do between two steps: (future, action), or None to end
+        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
         self.waiting: deque[Choice] = deque()
         self.running: dict[Row, Choice] = {}
         self.batch = self.empty_batch()
@@ -258,7 +391,8 @@ class Decoder:
         numbers.rows.set_function(lambda: len(self.running))
         numbers.waiting.set_function(lambda: len(self.waiting))
 
-    def empty_batch(self) -> Batch: return Batch(self.run.model, self.cfg.rows, self.run.tokenizer)
+    def empty_batch(self) -> Batch:
+        return Batch(self.run.model, self.cfg.rows, self.run.tokenizer)
 
     # --- for the event loop
 
@@ -277,8 +411,17 @@ class Decoder:
 
     def take(self, places: int) -> None:
         "Room for so many, or the reason why there is none."
-        if self.closing: raise Refused(503, "the server is about to stop: try another, or later", code="shutting_down")
-        if places > self.free: raise Refused(429, "too much is waiting already: try again in a moment", code="rate_limit_exceeded", headers={"Retry-After": "1"})
+        if self.closing:
+            raise Refused(
+                503, "the server is about to stop: try another, or later", code="shutting_down"
+            )
+        if places > self.free:
+            raise Refused(
+                429,
+                "too much is waiting already: try again in a moment",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "1"},
+            )
         self.free -= places
 
     async def between(self, action: Callable[[], Any]) -> Any:
@@ -291,25 +434,31 @@ class Decoder:
         "Pieces of all the choices as they come; who stops listening gives the places back."
         self.take(len(choices))
         heard, left = asyncio.Queue(), len(choices)
-        for choice in choices: choice.heard = heard
+        for choice in choices:
+            choice.heard = heard
         self.inbox.put((Future(), lambda: self.waiting.extend(choices)))
         try:
             while left:
                 piece = await heard.get()
-                if isinstance(piece, Exception): raise piece
+                if isinstance(piece, Exception):
+                    raise piece
                 yield piece
                 left -= piece.reason is not None
         finally:
-            for choice in choices: choice.gone = True
+            for choice in choices:
+                choice.gone = True
 
     def hand_out(self, told: list[tuple[Choice, Piece | Exception]]) -> None:
         "What the thread has to say, to whom it belongs."
         now = time.monotonic()
         for choice, piece in told:
             choice.heard.put_nowait(piece)
-            if isinstance(piece, Exception) or piece.reason: self.free += 1
+            if isinstance(piece, Exception) or piece.reason:
+                self.free += 1
             if isinstance(piece, Piece) and not piece.echo:
-                (self.numbers.next if choice.written else self.numbers.first).observe(now - choice.seen)
+                (self.numbers.next if choice.written else self.numbers.first).observe(
+                    now - choice.seen
+                )
                 self.numbers.written.inc()
                 choice.seen, choice.written = now, choice.written + 1
 
@@ -319,19 +468,27 @@ class Decoder:
         while True:
             while not self.inbox.empty() or not (self.running or self.waiting):
                 task = self.inbox.get()
-                if task is None: return
+                if task is None:
+                    return
                 future, action = task
-                if not future.set_running_or_notify_cancel(): continue
-                try: future.set_result(action())
-                except Exception as error: future.set_exception(error)
+                if not future.set_running_or_notify_cancel():
+                    continue
+                try:
+                    future.set_result(action())
+                except Exception as error:
+                    future.set_exception(error)
             told = []
             try:
-                for part in (self.let_go, self.take_in, self.step): told += part()
-            except Exception: told += self.start_over()
+                for part in (self.let_go, self.take_in, self.step):
+                    told += part()
+            except Exception:
+                told += self.start_over()
             self.loop.call_soon_threadsafe(self.hand_out, told)
 
     def start_over(self) -> list[tuple[Choice, Exception]]:
-        "After a fault nobody knows what the batch holds: an empty one, and an error for all who were in it."
+        """After a fault nobody knows what the batch holds: an empty one, and an error for all who
+        were in it.
+        """
         lost, self.running, self.batch = list(self.running.values()), {}, self.empty_batch()
         error = self.broken("a step")
         return [(choice, error) for choice in lost]
@@ -339,17 +496,34 @@ class Decoder:
     def let_go(self) -> list[tuple[Choice, Exception]]:
         "Those whose client hung up, and at the end those for whom there is no time."
         late = time.monotonic() > self.deadline
-        leaving = [choice for choice in [*self.running.values(), *self.waiting] if choice.gone or late or self.closing and not choice.row]
+        leaving = [
+            choice
+            for choice in [*self.running.values(), *self.waiting]
+            if choice.gone or late or self.closing and not choice.row
+        ]
         for choice in leaving:
-            if choice.row: self.batch.remove(choice.row)
-            else: self.waiting.remove(choice)
-        self.running = {row: choice for row, choice in self.running.items() if choice not in leaving}
-        return [(choice, Refused(503, "the server is about to stop: try another, or later", code="shutting_down")) for choice in leaving]
+            if choice.row:
+                self.batch.remove(choice.row)
+            else:
+                self.waiting.remove(choice)
+        self.running = {
+            row: choice for row, choice in self.running.items() if choice not in leaving
+        }
+        return [
+            (
+                choice,
+                Refused(
+                    503, "the server is about to stop: try another, or later", code="shutting_down"
+                ),
+            )
+            for choice in leaving
+        ]
 
     def take_in(self) -> list[tuple[Choice, Piece | Exception]]:
         "As many of those who wait as there is room for."
         told = []
-        while self.waiting and len(self.batch.rows) < self.cfg.rows: told += self.begin(self.waiting.popleft())
+        while self.waiting and len(self.batch.rows) < self.cfg.rows:
+            told += self.begin(self.waiting.popleft())
         return told
 
     def begin(self, choice: Choice) -> list[tuple[Choice, Piece | Exception]]:
@@ -357,18 +531,45 @@ class Decoder:
         self.numbers.read.inc(len(choice.prompt))
         nothing = [None] * len(choice.prompt)
         try:
-            told, tops = scores(self.run.model, choice.prompt, choice.top) if choice.echo and choice.top is not None else (nothing, nothing)
+            told, tops = (
+                scores(self.run.model, choice.prompt, choice.top)
+                if choice.echo and choice.top is not None
+                else (nothing, nothing)
+            )
             if choice.cfg:
                 choice.row = self.batch.add(choice.prompt, choice.cfg, choice.index, choice.top)
                 self.running[choice.row] = choice
-        except Exception: return [(choice, self.broken("a prompt"))]
-        return [(choice, Piece(choice.index, choice.text, choice.prompt, told, tops, None if choice.cfg else "length", echo=True))] if choice.echo else []
+        except Exception:
+            return [(choice, self.broken("a prompt"))]
+        return (
+            [
+                (
+                    choice,
+                    Piece(
+                        choice.index,
+                        choice.text,
+                        choice.prompt,
+                        told,
+                        tops,
+                        None if choice.cfg else "length",
+                        echo=True,
+                    ),
+                )
+            ]
+            if choice.echo
+            else []
+        )
 
     def step(self) -> list[tuple[Choice, Piece | Exception]]:
         "A token for everyone."
         written = self.batch.step() if self.batch.rows else []
-        told = [(self.running.pop(w.row) if w.row.reason else self.running[w.row], w) for w in written]
-        return [(choice, Piece(choice.index, w.piece, [w.id], [w.logprob], [w.top], w.row.reason)) for choice, w in told]
+        told = [
+            (self.running.pop(w.row) if w.row.reason else self.running[w.row], w) for w in written
+        ]
+        return [
+            (choice, Piece(choice.index, w.piece, [w.id], [w.logprob], [w.top], w.row.reason))
+            for choice, w in told
+        ]
 
     def broken(self, what: str) -> Refused:
         log.exception("%s failed; the loop goes on", what)
@@ -377,12 +578,15 @@ class Decoder:
 # %% ../nbs/appendix/serve.ipynb #07b548e7
 class Scores:
     "Puts what is known about tokens into OpenAI's form, from the first to the last."
-    def __init__(self,
+
+    def __init__(
+        self,
         tokenizer: Tokenizer,
         before: list[int],  # tokens that are not told, but stand in the text
     ):
         self.tokenizer, self.text, self.place = tokenizer, Text(tokenizer), 0
-        for token in before: self.begins(token)
+        for token in before:
+            self.begins(token)
 
     def begins(self, token: int) -> int:  # in characters
         "Where the next token begins."
@@ -392,95 +596,171 @@ class Scores:
 
     def told(self, piece: Piece) -> Logprobs:
         "The four lists for some more tokens."
-        def named(scores): return dict(zip(token_texts(self.tokenizer, list(scores)), scores.values()))
+
+        def named(scores):
+            return dict(zip(token_texts(self.tokenizer, list(scores)), scores.values()))
+
         tokens = token_texts(self.tokenizer, piece.ids)
-        tops = [None if top is None else named(top) | {token: p} for token, top, p in zip(tokens, piece.tops, piece.logprobs)]  # of the token itself, too
-        return Logprobs(tokens=tokens, token_logprobs=piece.logprobs, top_logprobs=tops, text_offset=[self.begins(i) for i in piece.ids])
+        # of the token itself, too
+        tops = [
+            None if top is None else named(top) | {token: p}
+            for token, top, p in zip(tokens, piece.tops, piece.logprobs)
+        ]
+        return Logprobs(
+            tokens=tokens,
+            token_logprobs=piece.logprobs,
+            top_logprobs=tops,
+            text_offset=[self.begins(i) for i in piece.ids],
+        )
 
 # %% ../nbs/appendix/serve.ipynb #202d0a8e
 def prompts_of(
-    tokenizer: Tokenizer,
-    prompt: str | list[str] | list[int] | list[list[int]],
+    tokenizer: Tokenizer, prompt: str | list[str] | list[int] | list[list[int]]
 ) -> list[tuple[list[int], str]]:  # token ids and text of each
     "The forms a prompt may have."
-    if isinstance(prompt, str): return [(readable(tokenizer, prompt), prompt)]
-    if isinstance(prompt[0], int): return [(prompt, tokenizer.decode(prompt))]
+    if isinstance(prompt, str):
+        return [(readable(tokenizer, prompt), prompt)]
+    if isinstance(prompt[0], int):
+        return [(prompt, tokenizer.decode(prompt))]
     return [each for part in prompt for each in prompts_of(tokenizer, part)]
 
-def check_request(
-    body: CompletionRequest,
-    number: int,  # of prompts
-    cfg: ServeConfig,
-) -> None:
+
+def check_request(body: CompletionRequest, number: int, cfg: ServeConfig) -> None:  # of prompts
     "What one field alone does not show; raises `Refused`."
     each = body.best_of or body.n
-    def need(ok, message, param):
-        if not ok: raise Refused(400, message, param)
-    need(body.suffix is None, "suffix: the model only reads forward: leave it out", "suffix")
-    need(body.max_tokens or body.echo, "max_tokens is 0: give at least 1, or ask for the prompt with echo", "max_tokens")
-    need(each >= body.n, f"best_of is {each}, less than n: give at least {body.n}", "best_of")
-    need(not body.stream or each == body.n, "best_of: the best are known at the end, so they cannot be streamed", "best_of")
-    need(body.stream or body.stream_options is None, "stream_options: only with stream", "stream_options")
-    need(number * each <= cfg.rows + cfg.queue, f"n: {number * each} texts are asked for: at most {cfg.rows + cfg.queue}", "n")
-    need(number * each * body.max_tokens <= cfg.max_tokens, f"max_tokens: {number * each} texts of {body.max_tokens} tokens are more than the {cfg.max_tokens} that this server writes for one request", "max_tokens")
 
-def check_prompt(
-    ids: list[int],
-    body: CompletionRequest,
-    model: Transformer,
-) -> None:
+    def need(ok, message, param):
+        if not ok:
+            raise Refused(400, message, param)
+
+    need(body.suffix is None, "suffix: the model only reads forward: leave it out", "suffix")
+    need(
+        body.max_tokens or body.echo,
+        "max_tokens is 0: give at least 1, or ask for the prompt with echo",
+        "max_tokens",
+    )
+    need(each >= body.n, f"best_of is {each}, less than n: give at least {body.n}", "best_of")
+    need(
+        not body.stream or each == body.n,
+        "best_of: the best are known at the end, so they cannot be streamed",
+        "best_of",
+    )
+    need(
+        body.stream or body.stream_options is None,
+        "stream_options: only with stream",
+        "stream_options",
+    )
+    need(
+        number * each <= cfg.rows + cfg.queue,
+        f"n: {number * each} texts are asked for: at most {cfg.rows + cfg.queue}",
+        "n",
+    )
+    need(
+        number * each * body.max_tokens <= cfg.max_tokens,
+        f"max_tokens: {number * each} texts of {body.max_tokens} tokens are more than the"
+        f" {cfg.max_tokens} that this server writes for one request",
+        "max_tokens",
+    )
+
+
+def check_prompt(ids: list[int], body: CompletionRequest, model: Transformer) -> None:
     "That the model can read it, and go on as far as is asked; raises `InputError` or `Refused`."
     context, V = model.cfg.seq_len, model.cfg.vocab_size
     if len(ids) + body.max_tokens > context:
-        raise Refused(400, f"This model's maximum context length is {context} tokens, however you requested {len(ids) + body.max_tokens} tokens ({len(ids)} in your prompt; {body.max_tokens} for the completion).",
-                      "prompt" if len(ids) > context else "max_tokens", "context_length_exceeded")
-    if not max(ids) < V: raise Refused(400, f"prompt: {max(ids)} is no token: give ids from 0 to {V - 1}", "prompt")
-    if not all(int(i) < V for i in body.logit_bias or {}): raise Refused(400, f"logit_bias names a token that is not in the vocabulary: give ids from 0 to {V - 1}", "logit_bias")
+        raise Refused(
+            400,
+            f"This model's maximum context length is {context} tokens, however you requested"
+            f" {len(ids) + body.max_tokens} tokens ({len(ids)} in your prompt; {body.max_tokens}"
+            " for the completion).",
+            "prompt" if len(ids) > context else "max_tokens",
+            "context_length_exceeded",
+        )
+    if not max(ids) < V:
+        raise Refused(400, f"prompt: {max(ids)} is no token: give ids from 0 to {V - 1}", "prompt")
+    if not all(int(i) < V for i in body.logit_bias or {}):
+        raise Refused(
+            400,
+            f"logit_bias names a token that is not in the vocabulary: give ids from 0 to {V - 1}",
+            "logit_bias",
+        )
 
-def choices_of(
-    body: CompletionRequest,
-    prompts: list[tuple[list[int], str]],
-) -> list[Choice]:
+
+def choices_of(body: CompletionRequest, prompts: list[tuple[list[int], str]]) -> list[Choice]:
     "One for each text that has to be written."
     each = body.best_of or body.n
-    sample = SampleConfig(max_new_tokens=max(1, body.max_tokens), temperature=body.temperature, top_k=body.top_k if body.top_k > 0 else None, top_p=body.top_p, min_p=body.min_p, typical_p=body.typical_p,
-                          repetition_penalty=body.repetition_penalty, frequency_penalty=body.frequency_penalty, presence_penalty=body.presence_penalty,
-                          logit_bias={int(i): bias for i, bias in (body.logit_bias or {}).items()}, stop=[body.stop] if isinstance(body.stop, str) else body.stop or [],
-                          seed=secrets.randbits(62) if body.seed is None else body.seed % 2**63)
-    top = 0 if body.logprobs is None and each > body.n else body.logprobs  # the best of several are found by their log-probabilities
-    return [Choice(k, ids, text, sample if body.max_tokens else None, top, body.echo) for k, (ids, text) in enumerate(prompt for prompt in prompts for _ in range(each))]
+    sample = SampleConfig(
+        max_new_tokens=max(1, body.max_tokens),
+        temperature=body.temperature,
+        top_k=body.top_k if body.top_k > 0 else None,
+        top_p=body.top_p,
+        min_p=body.min_p,
+        typical_p=body.typical_p,
+        repetition_penalty=body.repetition_penalty,
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        logit_bias={int(i): bias for i, bias in (body.logit_bias or {}).items()},
+        stop=[body.stop] if isinstance(body.stop, str) else body.stop or [],
+        seed=secrets.randbits(62) if body.seed is None else body.seed % 2**63,
+    )
+    # the best of several are found by their log-probabilities
+    top = 0 if body.logprobs is None and each > body.n else body.logprobs
+    return [
+        Choice(k, ids, text, sample if body.max_tokens else None, top, body.echo)
+        for k, (ids, text) in enumerate(prompt for prompt in prompts for _ in range(each))
+    ]
 
 # %% ../nbs/appendix/serve.ipynb #1b8cd4ce
 class Writer:
     "The answer to one request, whole or as a stream."
-    def __init__(self, decoder: Decoder, name: str, body: CompletionRequest, prompts: list[tuple[list[int], str]]):
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        name: str,
+        body: CompletionRequest,
+        prompts: list[tuple[list[int], str]],
+    ):
         self.decoder, self.body, self.name, self.prompts = decoder, body, name, prompts
         self.choices = choices_of(body, prompts)
-        self.scores = [Scores(decoder.run.tokenizer, [] if body.echo else choice.prompt) for choice in self.choices]
+        self.scores = [
+            Scores(decoder.run.tokenizer, [] if body.echo else choice.prompt)
+            for choice in self.choices
+        ]
         self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
 
     def usage(self) -> Usage:
-        read, written = sum(len(ids) for ids, _ in self.prompts), sum(choice.written for choice in self.choices)
+        read, written = (
+            sum(len(ids) for ids, _ in self.prompts),
+            sum(choice.written for choice in self.choices),
+        )
         return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
     def choice(self, piece: Piece, index: int) -> CompletionChoice:
         told = None if self.body.logprobs is None else self.scores[piece.index].told(piece)
-        return CompletionChoice(text=piece.text, index=index, logprobs=told, finish_reason=piece.reason)
+        return CompletionChoice(
+            text=piece.text, index=index, logprobs=told, finish_reason=piece.reason
+        )
 
     def completion(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
-        return Completion(id=self.id, created=self.created, model=self.name, choices=choices, usage=usage)
+        return Completion(
+            id=self.id, created=self.created, model=self.name, choices=choices, usage=usage
+        )
 
     async def whole(self) -> Completion:
         "Everything at once."
         found: dict[int, Piece] = {}
         async with aclosing(self.decoder.write(self.choices)) as pieces:
-            async for piece in pieces: found[piece.index] = found[piece.index] + piece if piece.index in found else piece
+            async for piece in pieces:
+                found[piece.index] = found[piece.index] + piece if piece.index in found else piece
         best, each = [], self.body.best_of or self.body.n
         for first in range(0, len(found), each):
             group = [found[k] for k in range(first, first + each)]
-            if each > self.body.n: group.sort(key=self.mean_logprob, reverse=True)
-            best += group[:self.body.n]
-        return self.completion([self.choice(piece, k) for k, piece in enumerate(best)], self.usage())
+            if each > self.body.n:
+                group.sort(key=self.mean_logprob, reverse=True)
+            best += group[: self.body.n]
+        return self.completion(
+            [self.choice(piece, k) for k, piece in enumerate(best)], self.usage()
+        )
 
     def mean_logprob(self, piece: Piece) -> float:
         n = self.choices[piece.index].written
@@ -488,99 +768,157 @@ class Writer:
 
     async def stream(self) -> AsyncIterator[str]:
         "Events, as soon as there is text; after them the usage, if it was asked for."
-        def event(content): return f"data: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n"
+
+        def event(content):
+            return f"data: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n"
+
         counted = self.body.stream_options is not None and self.body.stream_options.include_usage
-        def chunk(choices, usage=None): return event(self.completion(choices, usage).model_dump(exclude=None if counted else {"usage"}))
+
+        def chunk(choices, usage=None):
+            return event(
+                self.completion(choices, usage).model_dump(exclude=None if counted else {"usage"})
+            )
+
         held: dict[int, Piece] = {}
         begun = False
         try:
             async with aclosing(self.decoder.write(self.choices)) as pieces:
                 async for piece in pieces:
                     piece = held.pop(piece.index) + piece if piece.index in held else piece
-                    if not (piece.text or piece.reason): held[piece.index] = piece  # half a character, or what may be the beginning of a stop string
+                    # half a character, or what may be the beginning of a stop string
+                    if not (piece.text or piece.reason):
+                        held[piece.index] = piece
                     else:
                         begun = True
                         yield chunk([self.choice(piece, piece.index)])
-            if counted: yield chunk([], self.usage())
+            if counted:
+                yield chunk([], self.usage())
             yield "data: [DONE]\n\n"
         except Refused as refused:
-            if not begun: raise  # there is still time for a status
+            if not begun:
+                raise  # there is still time for a status
             yield event(refused.content())
 
 # %% ../nbs/appendix/serve.ipynb #a17a6e07
-POLICY = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
-OPEN = {"/", "/serve.js", "/attention_map.js", "/health"}  # what needs no key: the page that asks for it, and whether the server lives
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self';"
+    " img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+# what needs no key: the page that asks for it, and whether the server lives
+OPEN = {"/", "/serve.js", "/attention_map.js", "/health"}
+
 
 class Guard:
     "The key, the size of the body, headers, what is counted, and errors without a trace."
-    def __init__(self, app: Any, cfg: ServeConfig, numbers: Numbers): self.app, self.cfg, self.numbers = app, cfg, numbers
+
+    def __init__(self, app: Any, cfg: ServeConfig, numbers: Numbers):
+        self.app, self.cfg, self.numbers = app, cfg, numbers
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        if scope["type"] != "http": return await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
         status = None
+
         async def answer(message):
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
+
         try:
             refused = self.refusal(scope)
-            await (refused.response()(scope, receive, answer) if refused else self.app(scope, self.bounded(receive), answer))
+            await (
+                refused.response()(scope, receive, answer)
+                if refused
+                else self.app(scope, self.bounded(receive), answer)
+            )
         except Exception:
             log.exception("a request failed")
-            if status is None: await Refused(500, "the server failed at this, and goes on: its log says why").response()(scope, receive, answer)
-        finally: self.numbers.requests.labels(getattr(scope.get("route"), "path", "other"), status or 499).inc()
+            if status is None:
+                await Refused(
+                    500, "the server failed at this, and goes on: its log says why"
+                ).response()(scope, receive, answer)
+        finally:
+            self.numbers.requests.labels(
+                getattr(scope.get("route"), "path", "other"), status or 499
+            ).inc()
 
     def refusal(self, scope: dict) -> Refused | None:
         "Why this request is not let in."
         headers = dict(scope["headers"])
         shown = headers.get(b"authorization", b"").split(b" ")[-1]
-        if self.cfg.key and scope["path"] not in OPEN and not hmac.compare_digest(shown, self.cfg.key.encode()):
-            return Refused(401, "Incorrect API key provided: give the key of this server as a bearer token", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if (
+            self.cfg.key
+            and scope["path"] not in OPEN
+            and not hmac.compare_digest(shown, self.cfg.key.encode())
+        ):
+            return Refused(
+                401,
+                "Incorrect API key provided: give the key of this server as a bearer token",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
         length = headers.get(b"content-length", b"0")
         return self.too_large() if not length.isdigit() or int(length) > self.cfg.max_body else None
 
-    def too_large(self) -> Refused: return Refused(413, f"the body is larger than the {self.cfg.max_body} bytes that this server reads", code="request_too_large")
+    def too_large(self) -> Refused:
+        return Refused(
+            413,
+            f"the body is larger than the {self.cfg.max_body} bytes that this server reads",
+            code="request_too_large",
+        )
 
     def bounded(self, receive: Callable) -> Callable:
         "The same messages, as long as they are not too many bytes."
         size = 0
+
         async def counted():
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self.cfg.max_body: raise HTTPException(413, str(self.too_large()))
+            if size > self.cfg.max_body:
+                raise HTTPException(413, str(self.too_large()))
             return message
+
         return counted
 
 # %% ../nbs/appendix/serve.ipynb #d6c8e04c
-PAGE, SCRIPTS = files("tinytransformer")/"serve.html", ("serve.js", "attention_map.js")  # beside the modules
+# beside the modules
+PAGE, SCRIPTS = files("tinytransformer") / "serve.html", ("serve.js", "attention_map.js")
 
-async def or_gone(
-    request: Request,
-    work: Any,  # a coroutine
-) -> Any:       # its result
+
+async def or_gone(request: Request, work: Any) -> Any:  # a coroutine  # its result
     "Do it as long as the client is there to hear of it."
+
     async def gone():
-        while (await request.receive())["type"] != "http.disconnect": pass
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
     work, gone = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if work.done(): return work.result()
+        if work.done():
+            return work.result()
         raise Refused(499, "the client hung up")  # nobody reads it
     finally:
-        for task in (work, gone): task.cancel()
+        for task in (work, gone):
+            task.cancel()
 
-def make_app(
-    run: Run,
-    cfg: ServeConfig,
-) -> FastAPI:
+
+def make_app(run: Run, cfg: ServeConfig) -> FastAPI:
     "Everything that is answered."
     numbers = Numbers()
     decoder = Decoder(run, cfg, numbers)
-    model = Model(id=run.folder.resolve().name, created=int((run.folder/"config.yaml").stat().st_mtime))
+    model = Model(
+        id=run.folder.resolve().name, created=int((run.folder / "config.yaml").stat().st_mtime)
+    )
 
     @asynccontextmanager
     async def lifespan(app):
@@ -588,40 +926,75 @@ def make_app(
         yield
         await asyncio.to_thread(decoder.stop)
 
-    app = FastAPI(title="tinytransformer", description="A small Transformer language model, by OpenAI's API for completions.", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="tinytransformer",
+        description="A small Transformer language model, by OpenAI's API for completions.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
     app.state.decoder = decoder
     app.add_middleware(Guard, cfg=cfg, numbers=numbers)
     app.add_exception_handler(Refused, lambda request, error: error.response())
-    app.add_exception_handler(InputError, lambda request, error: Refused(400, str(error)).response())
-    app.add_exception_handler(RequestValidationError, lambda request, error: what_is_wrong(error.errors()).response())
-    app.add_exception_handler(StarletteHTTPException, lambda request, error: Refused(error.status_code, str(error.detail), headers=error.headers).response())
-    api = APIRouter(responses={"4XX": dict(model=ProblemResponse), "5XX": dict(model=ProblemResponse)}, dependencies=[Depends(HTTPBearer(auto_error=False))] if cfg.key else [])
+    app.add_exception_handler(
+        InputError, lambda request, error: Refused(400, str(error)).response()
+    )
+    app.add_exception_handler(
+        RequestValidationError, lambda request, error: what_is_wrong(error.errors()).response()
+    )
+    app.add_exception_handler(
+        StarletteHTTPException,
+        lambda request, error: Refused(
+            error.status_code, str(error.detail), headers=error.headers
+        ).response(),
+    )
+    api = APIRouter(
+        responses={"4XX": dict(model=ProblemResponse), "5XX": dict(model=ProblemResponse)},
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if cfg.key else [],
+    )
 
     def check_model(name):
-        if name != model.id: raise Refused(404, f"The model {name[:100]!a} does not exist: this server has {model.id!r}", "model", "model_not_found")
+        if name != model.id:
+            raise Refused(
+                404,
+                f"The model {name[:100]!a} does not exist: this server has {model.id!r}",
+                "model",
+                "model_not_found",
+            )
 
     @api.get("/v1/models")
-    async def models() -> Models: return Models(data=[model])
+    async def models() -> Models:
+        return Models(data=[model])
 
     @api.get("/v1/models/{name}")
     async def one_model(name: str) -> Model:
         check_model(name)
         return model
 
-    @api.post("/v1/completions", response_model=Completion, responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}})
+    @api.post(
+        "/v1/completions",
+        response_model=Completion,
+        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    )
     async def completions(body: CompletionRequest, request: Request):
         check_model(body.model)
         prompts = await asyncio.to_thread(prompts_of, run.tokenizer, body.prompt)
         check_request(body, len(prompts), cfg)
-        for ids, _ in prompts: check_prompt(ids, body, run.model)
+        for ids, _ in prompts:
+            check_prompt(ids, body, run.model)
         writer = Writer(decoder, model.id, body, prompts)
-        if not body.stream: return await or_gone(request, writer.whole())
+        if not body.stream:
+            return await or_gone(request, writer.whole())
         events = writer.stream()
-        first = await or_gone(request, anext(events))  # what is refused before the first event gets its status
+        # what is refused before the first event gets its status
+        first = await or_gone(request, anext(events))
+
         async def all_events():
             async with aclosing(events):
                 yield first
-                async for event in events: yield event
+                async for event in events:
+                    yield event
+
         return StreamingResponse(all_events(), media_type="text/event-stream")
 
     @api.post("/attention")
@@ -629,28 +1002,50 @@ def make_app(
         "What attention_map.js draws: the weights of all heads for a text."
         ids = await asyncio.to_thread(readable, run.tokenizer, body.prompt)
         T, heads = len(ids), run.model.cfg.num_layers * run.model.cfg.num_heads
-        if T < 2: raise Refused(400, "prompt: there is 1 token, which can only look at itself: give at least 2", "prompt")
-        if T > run.model.cfg.seq_len or heads * T * (T + 1) // 2 > cfg.max_weights: raise Refused(400, f"prompt: {T} tokens are too many for a map: shorten it", "prompt")
+        if T < 2:
+            raise Refused(
+                400,
+                "prompt: there is 1 token, which can only look at itself: give at least 2",
+                "prompt",
+            )
+        if T > run.model.cfg.seq_len or heads * T * (T + 1) // 2 > cfg.max_weights:
+            raise Refused(400, f"prompt: {T} tokens are too many for a map: shorten it", "prompt")
         decoder.take(1)
-        try: seen = await decoder.between(lambda: look(run.model, ids, token_texts(run.tokenizer, ids)))
-        finally: decoder.free += 1
+        try:
+            seen = await decoder.between(
+                lambda: look(run.model, ids, token_texts(run.tokenizer, ids))
+            )
+        finally:
+            decoder.free += 1
         return (await asyncio.to_thread(attention_map, seen.weights, seen.tokens)).data
 
-    @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
-    async def metrics(): return Response(prometheus.generate_latest(numbers.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
+    @api.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics():
+        return Response(
+            prometheus.generate_latest(numbers.registry), media_type=prometheus.CONTENT_TYPE_LATEST
+        )
 
     @api.get("/health")
     async def health() -> Health:
-        if decoder.closing or not decoder.thread.is_alive(): raise Refused(503, "the server is about to stop")
+        if decoder.closing or not decoder.thread.is_alive():
+            raise Refused(503, "the server is about to stop")
         return Health()
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page(): return PAGE.read_text(encoding="utf-8")
+    async def page():
+        return PAGE.read_text(encoding="utf-8")
 
     @app.get("/{name}.js", include_in_schema=False)
     async def script(name: str):
-        if f"{name}.js" not in SCRIPTS: raise Refused(404, "Not Found")
-        return Response((PAGE.parent/f"{name}.js").read_text(encoding="utf-8"), media_type="text/javascript")
+        if f"{name}.js" not in SCRIPTS:
+            raise Refused(404, "Not Found")
+        return Response(
+            (PAGE.parent / f"{name}.js").read_text(encoding="utf-8"), media_type="text/javascript"
+        )
 
     app.include_router(api)
     return app
@@ -658,32 +1053,52 @@ def make_app(
 # %% ../nbs/appendix/serve.ipynb #3c2ab7a9
 class Server(uvicorn.Server):
     "Ends what is being written before it ends."
+
     def __init__(self, app: FastAPI, cfg: ServeConfig):
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(cfg.shutdown_seconds) + 5))
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=int(cfg.shutdown_seconds) + 5,
+            )
+        )
         self.decoder = app.state.decoder
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.decoder.close()
         super().handle_exit(sig, frame)
 
-def listen(
-    cfg: ServeConfig,
-) -> socket.socket:
+
+def listen(cfg: ServeConfig) -> socket.socket:
     "A socket at the address of the settings; `InputError` if it cannot be had."
-    try: place = socket.create_server((cfg.host, cfg.port), family=socket.AF_INET6 if ":" in cfg.host else socket.AF_INET)
-    except OSError as error: raise InputError(f"cannot listen at {cfg.host}, port {cfg.port}: {str(error.strerror).split(' (')[0]}; give another --port or --host") from error
-    place.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # each token is sent at once; else TCP keeps it back for up to 40 ms to send more with it
+    try:
+        place = socket.create_server(
+            (cfg.host, cfg.port), family=socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
+        )
+    except OSError as error:
+        raise InputError(
+            f"cannot listen at {cfg.host}, port {cfg.port}: {str(error.strerror).split(' (')[0]};"
+            " give another --port or --host"
+        ) from error
+    # each token is sent at once; else TCP keeps it back for up to 40 ms to send more with it
+    place.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return place
 
-def serve(
-    run: Run,
-    cfg: ServeConfig,
-) -> None:
+
+def serve(run: Run, cfg: ServeConfig) -> None:
     "Answer until SIGTERM or Ctrl-C; `InputError` if the address cannot be had."
     place = listen(cfg)
-    if torch.cuda.is_available(): run.model.cuda()
+    if torch.cuda.is_available():
+        run.model.cuda()
     server = Server(make_app(run, cfg), cfg)
-    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, server.handle_exit)  # uvicorn's own are there only while it runs, and it raises the signal once more when it is done
+    # uvicorn's own are there only while it runs, and it raises the signal once more when it is done
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.handle_exit)
     host, port = place.getsockname()[:2]
-    print(f"serving {run.folder.resolve().name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    print(
+        f"serving {run.folder.resolve().name} at"
+        f" http://{f'[{host}]' if ':' in host else host}:{port}",
+        flush=True,
+    )
     server.run(sockets=[place])

@@ -8,7 +8,9 @@ __all__ = ['FIELD', 'NAMES', 'WORDS', 'PEOPLE', 'PLACES', 'BANDS', 'WIKI', 'odds
            'splits']
 
 # %% ../nbs/appendix/tinywiki.ipynb #d1c8c7bd
-import math, random, re
+import math
+import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -28,29 +30,39 @@ FIELD = re.compile(r"\{(\w+)(?:([:=])([^{}]*))?\}")  # {name}, {fact:rule} and {
 # %% ../nbs/appendix/tinywiki.ipynb #24009783
 class Piece(NamedTuple):
     "A stretch of an article, within one row."
+
     text: str
-    source: str     # the rule whose words these are, or the fact they repeat
+    source: str  # the rule whose words these are, or the fact they repeat
     recalled: bool  # whether they repeat a fact
-    nats: float     # what the choices cost that show here first
+    nats: float  # what the choices cost that show here first
+
 
 @dataclass
 class Article:
     "A text, piece by piece, with what it cost."
+
     pieces: list[Piece]
     saving: float = 0.0  # nats the title was spared because titles already used were ruled out
 
     @property
-    def text(self) -> str: return "".join(p.text for p in self.pieces)
+    def text(self) -> str:
+        return "".join(p.text for p in self.pieces)
+
     @property
-    def nats(self) -> float: return sum(p.nats for p in self.pieces) - self.saving
+    def nats(self) -> float:
+        return sum(p.nats for p in self.pieces) - self.saving
+
     @property
-    def title(self) -> str: return self.rows[0][0].strip(" =\n")
+    def title(self) -> str:
+        return self.rows[0][0].strip(" =\n")
+
     @property
     def rows(self) -> list[tuple[str, float]]:
         "Each row and its nats; the first is the title."
         rows = [("", -self.saving)]
         for piece in self.pieces:
-            if rows[-1][0].endswith("\n"): rows.append(("", 0.0))
+            if rows[-1][0].endswith("\n"):
+                rows.append(("", 0.0))
             rows[-1] = (rows[-1][0] + piece.text, rows[-1][1] + piece.nats)
         return rows
 
@@ -58,20 +70,24 @@ class Article:
 def write_article(
     grammar: dict[str, list | dict],  # rule -> alternatives
     rng: random.Random,
-    symbol: str = "article",          # the rule to start from
+    symbol: str = "article",  # the rule to start from
 ) -> Article:
     "Expand `symbol` by drawing every choice, and keep count of what the choices cost."
     facts, pieces, owed = {}, [], 0.0
 
     def emit(text: str, source: str, recalled: bool = False) -> None:
         nonlocal owed
-        for line in text.splitlines(keepends=True):  # the cost of a choice goes to the first text that shows it
+        # the cost of a choice goes to the first text that shows it
+        for line in text.splitlines(keepends=True):
             pieces.append(Piece(line, source, recalled, owed))
             owed = 0.0
 
     def choose(rule: str) -> None:
         nonlocal owed
-        if rule not in grammar: raise ValueError(f"the grammar has no rule {rule!r}, and no fact of that name has been drawn")
+        if rule not in grammar:
+            raise ValueError(
+                f"the grammar has no rule {rule!r}, and no fact of that name has been drawn"
+            )
         options, p = odds(grammar[rule])
         i = rng.choices(range(len(options)), p)[0]
         owed -= math.log(p[i])
@@ -80,90 +96,126 @@ def write_article(
     def say(template: str, rule: str) -> None:
         at = 0
         for field in FIELD.finditer(template):
-            emit(template[at:field.start()], rule)
+            emit(template[at : field.start()], rule)
             at, (name, kind, value) = field.end(), field.groups()
-            if kind == "=": facts[name] = value
+            if kind == "=":
+                facts[name] = value
             elif kind == ":":
                 start = len(pieces)
                 choose(value)
                 facts[name] = "".join(p.text for p in pieces[start:])
-            elif name in facts: emit(facts[name], name, recalled=True)
-            else: choose(name)
+            elif name in facts:
+                emit(facts[name], name, recalled=True)
+            else:
+                choose(name)
         emit(template[at:], rule)
 
     choose(symbol)
-    if owed and pieces: pieces[-1] = pieces[-1]._replace(nats=pieces[-1].nats + owed)  # the last choice was to say nothing
+    # the last choice was to say nothing
+    if owed and pieces:
+        pieces[-1] = pieces[-1]._replace(nats=pieces[-1].nats + owed)
     return Article(pieces)
 
 # %% ../nbs/appendix/tinywiki.ipynb #4ca3014c
 class Derivation(NamedTuple):
     "One way in which a grammar can write a text."
-    nats: float                                 # what its choices cost
-    recalled: tuple[tuple[str, int, int], ...]  # each repeated fact: its name, its first character and the one after its last
+
+    nats: float  # what its choices cost
+    # each repeated fact: its name, its first character and the one after its last
+    recalled: tuple[tuple[str, int, int], ...]
 
 
 def parse(
     grammar: dict[str, list | dict],
     text: str,
     symbol: str = "article",
-    unfinished: list[tuple[str, float]] | None = None,  # gets the nats of every derivation that only begins with `text`, and the words that follow
+    # gets the nats of every derivation that only begins with `text`, and the words that follow
+    unfinished: list[tuple[str, float]] | None = None,
 ) -> Iterator[Derivation]:
     "Every derivation of `text`: none if the grammar cannot write it, one if it is unambiguous."
 
     def read(words: str, at: int, nats: float) -> int | None:
         "Where `words` end if the text has them at character `at`."
-        if text.startswith(words, at): return at + len(words)
-        if unfinished is not None and words.startswith(text[at:]): unfinished.append((words[len(text) - at:], nats))
+        if text.startswith(words, at):
+            return at + len(words)
+        if unfinished is not None and words.startswith(text[at:]):
+            unfinished.append((words[len(text) - at :], nats))
 
-    def match(template: str, at: int, nats: float, facts: dict, recalled: tuple) -> Iterator[tuple[int, float, dict, tuple]]:
-        "Every way to read `template` from character `at` on: where it ends, the nats and facts so far, and the facts repeated so far."
+    def match(
+        template: str, at: int, nats: float, facts: dict, recalled: tuple
+    ) -> Iterator[tuple[int, float, dict, tuple]]:
+        """Every way to read `template` from character `at` on: where it ends, the nats and facts so
+        far, and the facts repeated so far.
+        """
         field = FIELD.search(template)
-        at = read(template[:field.start()] if field else template, at, nats)
-        if at is None: return
+        at = read(template[: field.start()] if field else template, at, nats)
+        if at is None:
+            return
         if not field:
             yield at, nats, facts, recalled
             return
         name, kind, value = field.groups()
-        if kind == "=": ways = [(at, nats, facts | {name: value}, recalled)]
-        elif kind == ":": ways = ((end, paid, known | {name: text[at:end]}, spans) for end, paid, known, spans in expand(value, at, nats, facts, recalled))
+        if kind == "=":
+            ways = [(at, nats, facts | {name: value}, recalled)]
+        elif kind == ":":
+            ways = (
+                (end, paid, known | {name: text[at:end]}, spans)
+                for end, paid, known, spans in expand(value, at, nats, facts, recalled)
+            )
         elif name in facts:
             end = read(facts[name], at, nats)
             ways = [] if end is None else [(end, nats, facts, (*recalled, (name, at, end)))]
-        else: ways = expand(name, at, nats, facts, recalled)
-        for way in ways: yield from match(template[field.end():], *way)
+        else:
+            ways = expand(name, at, nats, facts, recalled)
+        for way in ways:
+            yield from match(template[field.end() :], *way)
 
-    def expand(rule: str, at: int, nats: float, facts: dict, recalled: tuple) -> Iterator[tuple[int, float, dict, tuple]]:
-        for option, p in zip(*odds(grammar[rule])): yield from match(option, at, nats - math.log(p), facts, recalled)
+    def expand(
+        rule: str, at: int, nats: float, facts: dict, recalled: tuple
+    ) -> Iterator[tuple[int, float, dict, tuple]]:
+        for option, p in zip(*odds(grammar[rule])):
+            yield from match(option, at, nats - math.log(p), facts, recalled)
 
     for end, nats, _, recalled in expand(symbol, 0, 0.0, {}, ()):
-        if end == len(text): yield Derivation(nats, recalled)
+        if end == len(text):
+            yield Derivation(nats, recalled)
 
 
 def readings(
-    grammar: dict[str, list | dict],
-    text: str,
-    symbol: str = "article",
+    grammar: dict[str, list | dict], text: str, symbol: str = "article"
 ) -> list[float]:  # one number for every way in which `symbol` can become `text`
     "The nats of every derivation of `text`."
     return [derivation.nats for derivation in parse(grammar, text, symbol)]
 
 # %% ../nbs/appendix/tinywiki.ipynb #5f50c42b
-def check_grammar(
-    grammar: dict[str, list | dict],
-    symbol: str = "article",
-) -> None:
-    "Raise ValueError if a name is both a fact and a rule, if a field means neither, or if a rule or fact is never used."
-    fields = [field.groups() for rule in grammar.values() for option in odds(rule)[0] for field in FIELD.finditer(option)]
+def check_grammar(grammar: dict[str, list | dict], symbol: str = "article") -> None:
+    """Raise ValueError if a name is both a fact and a rule, if a field means neither, or if a rule
+    or fact is never used.
+    """
+    fields = [
+        field.groups()
+        for rule in grammar.values()
+        for option in odds(rule)[0]
+        for field in FIELD.finditer(option)
+    ]
     facts = {name for name, kind, _ in fields if kind}
-    used = {value if kind == ":" else name for name, kind, value in fields if kind != "="} | {symbol}
-    for problem, names in {"both a fact and a rule": facts & set(grammar), "neither a fact nor a rule": used - facts - set(grammar),
-                           "never used": (facts | set(grammar)) - used}.items():
-        if names: raise ValueError(f"the grammar has names that are {problem}: {', '.join(sorted(names))}")
+    used = {value if kind == ":" else name for name, kind, value in fields if kind != "="} | {
+        symbol
+    }
+    for problem, names in {
+        "both a fact and a rule": facts & set(grammar),
+        "neither a fact nor a rule": used - facts - set(grammar),
+        "never used": (facts | set(grammar)) - used,
+    }.items():
+        if names:
+            raise ValueError(
+                f"the grammar has names that are {problem}: {', '.join(sorted(names))}"
+            )
 
 # %% ../nbs/appendix/tinywiki.ipynb #9470d787
 def zipf(
-    words: str | list,    # the likeliest first
-    power: float = 1.0,  # 0 makes all alike
+    words: str | list,
+    power: float = 1.0,  # the likeliest first  # 0 makes all alike
 ) -> dict[str, float]:  # word -> weight
     "Weights that fall with the rank, as the frequencies of words do (Zipf, 1935)."
     words = words.split() if isinstance(words, str) else words
@@ -171,30 +223,84 @@ def zipf(
 
 # %% ../nbs/appendix/tinywiki.ipynb #655ba0c4
 NAMES = {
-    "woman_name": zipf("Agnes Clara Edith Freya Greta Hilda Ingrid Karin Maja Nora Petra Runa Signe Thea Vera Elsa Astrid Linnea Mira Ida"),
-    "man_name": zipf("Aksel Anton Casper Emil Felix Gustav Henrik Ivar Jonas Karl Lars Magnus Nils Oskar Paul Sven Rolf Viktor Bertil Erik"),
-    "woman_middle": ("Maria Sofia Elena Louisa Amalia Charlotta Helena Eva Dorothea Katarina Sara Mathilda "
-                     "Augusta Regina Julia Rosa Cecilia Beata Johanna Ulrika Alma Tekla Viola Olivia "
-                     "Selma Ottilia Paulina Henrietta Josefina Viktoria Emilia Fredrika Hedvig Teresia Rebecka Magdalena").split(),
-    "man_middle": ("August Fredrik Georg Ludvig Adolf Theodor Edvard Albert Konrad Valdemar Otto Leopold "
-                   "Martin Hugo Simon Josef Axel Gabriel Johan Peter David Mikael Robert Isak "
-                   "Hans Mattias Samuel Daniel Elias Jakob Tobias Lukas Philip Christian Herman Rudolf").split(),
-    "surname": zipf("Lindqvist Falk Hagen Dalgren Ekholm Malmer Nordin Rosen Sandberg Stenmark Wik Almgren Blom Holt Palm Ravn Ahlberg Hjelm Kvist Skoglund "
-                    "Edlund Grahn Melin Torsten Bergman Forsell Hedman Lagerlof Nyholm Quist Tegner Winther Bergdahl Brynolf Granvik Isaksen Kjellberg Lundmark Oberg Solberg"),
-    "village": zipf("Aberford Birdale Dunham Fernley Glenmore Kilwick Langness Oakhurst Thornby Ashmere Foxton Hollin Larkfield Millbrae Orford Pinehill"),
-    "town_name": zipf("Arnbury Balcombe Calstow Elmstow Harcliff Inverton Marpool Penworth Rathgate Stanbank Brackwell Coldbrook Dewsford Greyhaven Kestrel Westrey"),
-    "river": "Alder Avel Brann Corve Dorn Esker Isla Kenn Loam Medlow Orrin Sark Teme Ure Wend Yarrow".split(),
+    "woman_name": zipf(
+        "Agnes Clara Edith Freya Greta Hilda Ingrid Karin Maja Nora Petra Runa Signe Thea Vera Elsa"
+        " Astrid Linnea Mira Ida"
+    ),
+    "man_name": zipf(
+        "Aksel Anton Casper Emil Felix Gustav Henrik Ivar Jonas Karl Lars Magnus Nils Oskar Paul"
+        " Sven Rolf Viktor Bertil Erik"
+    ),
+    "woman_middle": (
+        (
+            "Maria Sofia Elena Louisa Amalia Charlotta Helena Eva Dorothea Katarina Sara Mathilda"
+            " Augusta Regina Julia Rosa Cecilia Beata Johanna Ulrika Alma Tekla Viola Olivia Selma"
+            " Ottilia Paulina Henrietta Josefina Viktoria Emilia Fredrika Hedvig Teresia Rebecka"
+            " Magdalena"
+        ).split()
+    ),
+    "man_middle": (
+        (
+            "August Fredrik Georg Ludvig Adolf Theodor Edvard Albert Konrad Valdemar Otto Leopold "
+            "Martin Hugo Simon Josef Axel Gabriel Johan Peter David Mikael Robert Isak "
+            "Hans Mattias Samuel Daniel Elias Jakob Tobias Lukas Philip Christian Herman Rudolf"
+        ).split()
+    ),
+    "surname": zipf(
+        "Lindqvist Falk Hagen Dalgren Ekholm Malmer Nordin Rosen Sandberg Stenmark Wik Almgren Blom"
+        " Holt Palm Ravn Ahlberg Hjelm Kvist Skoglund Edlund Grahn Melin Torsten Bergman Forsell"
+        " Hedman Lagerlof Nyholm Quist Tegner Winther Bergdahl Brynolf Granvik Isaksen Kjellberg"
+        " Lundmark Oberg Solberg"
+    ),
+    "village": zipf(
+        "Aberford Birdale Dunham Fernley Glenmore Kilwick Langness Oakhurst Thornby Ashmere Foxton"
+        " Hollin Larkfield Millbrae Orford Pinehill"
+    ),
+    "town_name": zipf(
+        "Arnbury Balcombe Calstow Elmstow Harcliff Inverton Marpool Penworth Rathgate Stanbank"
+        " Brackwell Coldbrook Dewsford Greyhaven Kestrel Westrey"
+    ),
+    "river": (
+        "Alder Avel Brann Corve Dorn Esker Isla Kenn Loam Medlow Orrin Sark Teme Ure Wend Yarrow".split()
+    ),
     "region": "Arland Borland Cormark Estmoor Fenland Halmark Kestria Norrland".split(),
     "work_title": ["The {adjective} {thing}"],
-    "adjective": zipf("Silent Golden Broken Winter Distant Hollow Crimson Restless Hidden Northern Velvet Burning Lonely Painted Quiet Iron"),
-    "thing": zipf("Harbour Lantern Orchard Staircase Mirror Sparrow Bridge Garden Letter Shore Tower Ferry Meadow Clock Violin Window"),
-    "members": "Foxes Lanterns Sparrows Sailors Mirrors Rivers Clocks Wolves Gardens Pilots Candles Owls Ravens Strangers Kettles Comets".split(),
+    "adjective": zipf(
+        "Silent Golden Broken Winter Distant Hollow Crimson Restless Hidden Northern Velvet Burning"
+        " Lonely Painted Quiet Iron"
+    ),
+    "thing": zipf(
+        "Harbour Lantern Orchard Staircase Mirror Sparrow Bridge Garden Letter Shore Tower Ferry"
+        " Meadow Clock Violin Window"
+    ),
+    "members": (
+        "Foxes Lanterns Sparrows Sailors Mirrors Rivers Clocks Wolves Gardens Pilots Candles Owls"
+        " Ravens Strangers Kettles Comets".split()
+    ),
 }
 
 # %% ../nbs/appendix/tinywiki.ipynb #3f4099c9
 WORDS = {
-    "nationality": ["a Danish", "a Norwegian", "a Swedish", "a Finnish", "an Estonian", "an Icelandic", "a Latvian", "a Scottish"],
-    "trade": ["a baker", "a carpenter", "a doctor", "a farmer", "a miller", "a printer", "a sailor", "a teacher"],
+    "nationality": [
+        "a Danish",
+        "a Norwegian",
+        "a Swedish",
+        "a Finnish",
+        "an Estonian",
+        "an Icelandic",
+        "a Latvian",
+        "a Scottish",
+    ],
+    "trade": [
+        "a baker",
+        "a carpenter",
+        "a doctor",
+        "a farmer",
+        "a miller",
+        "a printer",
+        "a sailor",
+        "a teacher",
+    ],
     "science": "drawing music history geometry rhetoric chemistry botany grammar".split(),
     "rank": ["the eldest", "the second", "the third", "the youngest"],
     "bank": ["upon", "on the", "by"],
@@ -215,84 +321,179 @@ WORDS = {
 
 # %% ../nbs/appendix/tinywiki.ipynb #3220ef5c
 PEOPLE = {
-    "woman": [" = {first:woman_name} {middle:woman_middle} {last:surname} = \n{Mr=Miss}{He=She}{he=she}{his=her}{person}"],
-    "man": [" = {first:man_name} {middle:man_middle} {last:surname} = \n{Mr=Mr}{He=He}{he=he}{his=his}{person}"],
-    "person": [" {first} {middle} {last} ( {born:birth_year} – {died:death_year} ) was {nationality} {profession} of {home:village} . {fame}\n"
-               " = = Life = = \n {origin}{youth}{travel}{success}{ending}\n"],
-    "profession": ["painter{made=painted}{piece=painting}", "composer{made=wrote}{piece=opera}", "sculptor{made=carved}{piece=statue}",
-                   "poet{made=published}{piece=ballad}", "weaver{made=wove}{piece=tapestry}", "novelist{made=finished}{piece=novel}"],
-    "fame": ["{He} is best known for the {piece} {work:work_title} . ", "{Mr} {last} {made} the {piece} {work:work_title} . "],
-    "origin": ["{Mr} {last} of {home} was born in the year {born} , {rank} of {number} children . ",
-               "{first} {last} was born in the year {born} , and {his} mother was {trade} of {home} . "],
-    "youth": ["{first} {last} went to the school of {home} and studied {science} . ", "{Mr} {last} left the village of {home} when {he} was {number} . "],
-    "travel": ["Soon {Mr} {last} found work in {town:town_name} and lived there until {died} . ", "{He} owned a {number} @-@ room house in {town:town_name} until {died} . "],
-    "success": ["{Mr} {last} {made} {work} in {town} . ", "{work} by {first} {last} was first shown in {town} . ",
-                "{Mr} {last} sold {work} for {digit} @,@ 000 pounds . "],
-    "ending": ["{Mr} {last} of {home} wrote letters until {died} . ", "{first} {last} worked in {town} until {died} . "],
+    "woman": [
+        " = {first:woman_name} {middle:woman_middle} {last:surname} ="
+        " \n{Mr=Miss}{He=She}{he=she}{his=her}{person}"
+    ],
+    "man": [
+        " = {first:man_name} {middle:man_middle} {last:surname} ="
+        " \n{Mr=Mr}{He=He}{he=he}{his=his}{person}"
+    ],
+    "person": [
+        " {first} {middle} {last} ( {born:birth_year} – {died:death_year} ) was {nationality}"
+        " {profession} of {home:village} . {fame}\n = = Life = = \n"
+        " {origin}{youth}{travel}{success}{ending}\n"
+    ],
+    "profession": [
+        "painter{made=painted}{piece=painting}",
+        "composer{made=wrote}{piece=opera}",
+        "sculptor{made=carved}{piece=statue}",
+        "poet{made=published}{piece=ballad}",
+        "weaver{made=wove}{piece=tapestry}",
+        "novelist{made=finished}{piece=novel}",
+    ],
+    "fame": [
+        "{He} is best known for the {piece} {work:work_title} . ",
+        "{Mr} {last} {made} the {piece} {work:work_title} . ",
+    ],
+    "origin": [
+        "{Mr} {last} of {home} was born in the year {born} , {rank} of {number} children . ",
+        "{first} {last} was born in the year {born} , and {his} mother was {trade} of {home} . ",
+    ],
+    "youth": [
+        "{first} {last} went to the school of {home} and studied {science} . ",
+        "{Mr} {last} left the village of {home} when {he} was {number} . ",
+    ],
+    "travel": [
+        "Soon {Mr} {last} found work in {town:town_name} and lived there until {died} . ",
+        "{He} owned a {number} @-@ room house in {town:town_name} until {died} . ",
+    ],
+    "success": [
+        "{Mr} {last} {made} {work} in {town} . ",
+        "{work} by {first} {last} was first shown in {town} . ",
+        "{Mr} {last} sold {work} for {digit} @,@ 000 pounds . ",
+    ],
+    "ending": [
+        "{Mr} {last} of {home} wrote letters until {died} . ",
+        "{first} {last} worked in {town} until {died} . ",
+    ],
 }
 
 # %% ../nbs/appendix/tinywiki.ipynb #cbe79087
 PLACES = {
-    "place": [" = {name:village} {upon:bank} {stream:river} = \n {name} {upon} {stream} is a {size:settlement} in {land:region} , {direction} of {market:town_name} . {census}\n"
-              " = = History = = \n {border}{founding}{flood}{economy}{road}\n"],
-    "census": ["The {size} has {people:thousands} inhabitants . ", "{name} had {people:thousands} inhabitants in {modern_year} . "],
-    "border": ["{name} lies on the {stream} , between {land} and {market} . ", "The {stream} separates {name} from {market} . "],
-    "founding": ["The {size} was founded in {old_year} . ", "{name} is first mentioned in {old_year} , with a {building} on the {stream} . "],
+    "place": [
+        " = {name:village} {upon:bank} {stream:river} = \n {name} {upon} {stream} is a"
+        " {size:settlement} in {land:region} , {direction} of {market:town_name} . {census}\n = ="
+        " History = = \n {border}{founding}{flood}{economy}{road}\n"
+    ],
+    "census": [
+        "The {size} has {people:thousands} inhabitants . ",
+        "{name} had {people:thousands} inhabitants in {modern_year} . ",
+    ],
+    "border": [
+        "{name} lies on the {stream} , between {land} and {market} . ",
+        "The {stream} separates {name} from {market} . ",
+    ],
+    "founding": [
+        "The {size} was founded in {old_year} . ",
+        "{name} is first mentioned in {old_year} , with a {building} on the {stream} . ",
+    ],
     "flood": ["In {modern_year} the {stream} flooded {name} . ", ""],
-    "economy": ["The {size} is known for its {ware:goods} . ", "Most of the {people} people of {name} make {ware:goods} . "],
-    "road": ["A road leads from {name} to {market} . ", "The {ware} of {name} is sold in {market} and all over {land} . "],
+    "economy": [
+        "The {size} is known for its {ware:goods} . ",
+        "Most of the {people} people of {name} make {ware:goods} . ",
+    ],
+    "road": [
+        "A road leads from {name} to {market} . ",
+        "The {ware} of {name} is sold in {market} and all over {land} . ",
+    ],
 }
 
 # %% ../nbs/appendix/tinywiki.ipynb #00a387bc
 BANDS = {
-    "band": [" = The {colour:adjective} {group:members} of {town:town_name} = \n The {colour} {group} of {town} were {nationality} {style:genre} band . "
-             "They were {singer:woman_name} {last:surname} ( vocals ) and {drummer:man_name} ( drums ) . \n"
-             " = = Albums = = \n {start}{debut}{songs}{parting}\n"],
-    "start": ["{singer} {last} and {drummer} met in {town} . ", "{singer} {last} met {drummer} near {home:village} . "],
-    "debut": ["The {colour} {group} recorded {album:work_title} in {then:late_year} . ",
-              "The {style} album {album:work_title} by The {colour} {group} appeared in {then:late_year} . "],
-    "songs": ["{singer} {last} wrote {album} in {number} weeks . ", "{album} sold {thousands} copies in {then} . ", ""],
+    "band": [
+        " = The {colour:adjective} {group:members} of {town:town_name} = \n The {colour} {group} of"
+        " {town} were {nationality} {style:genre} band . They were {singer:woman_name}"
+        " {last:surname} ( vocals ) and {drummer:man_name} ( drums ) . \n = = Albums = = \n"
+        " {start}{debut}{songs}{parting}\n"
+    ],
+    "start": [
+        "{singer} {last} and {drummer} met in {town} . ",
+        "{singer} {last} met {drummer} near {home:village} . ",
+    ],
+    "debut": [
+        "The {colour} {group} recorded {album:work_title} in {then:late_year} . ",
+        (
+            "The {style} album {album:work_title} by The {colour} {group} appeared in"
+            " {then:late_year} . "
+        ),
+    ],
+    "songs": [
+        "{singer} {last} wrote {album} in {number} weeks . ",
+        "{album} sold {thousands} copies in {then} . ",
+        "",
+    ],
     "parting": ["{drummer} left The {colour} {group} . ", "{singer} {last} now lives in {town} . "],
 }
 
 # %% ../nbs/appendix/tinywiki.ipynb #6da73660
-WIKI = {"article": {"{woman}": 7, "{man}": 7, "{place}": 1, "{band}": 1}, **PEOPLE, **PLACES, **BANDS, **NAMES, **WORDS}
+WIKI = {
+    "article": {"{woman}": 7, "{man}": 7, "{place}": 1, "{band}": 1},
+    **PEOPLE,
+    **PLACES,
+    **BANDS,
+    **NAMES,
+    **WORDS,
+}
 
 # %% ../nbs/appendix/tinywiki.ipynb #3f690ae4
 def continuations(
     grammar: dict[str, list | dict],
-    text: str,              # the beginning of an article
+    text: str,  # the beginning of an article
     symbol: str = "article",
-) -> dict[str, float]:  # the words up to the next field of a template -> their probability; "" where the article can end
-    "What can follow `text`, with its probability; nothing where the grammar cannot write such a beginning."
+) -> dict[
+    str, float
+    # the words up to the next field of a template -> their probability; "" where the article can end
+]:
+    """What can follow `text`, with its probability; nothing where the grammar cannot write such a
+    beginning.
+    """
     found = []
-    for derivation in parse(grammar, text, symbol, found): found.append(("", derivation.nats))
+    for derivation in parse(grammar, text, symbol, found):
+        found.append(("", derivation.nats))
     weights = {}
-    for words, nats in found: weights[words] = weights.get(words, 0.0) + math.exp(-nats)
+    for words, nats in found:
+        weights[words] = weights.get(words, 0.0) + math.exp(-nats)
     total = sum(weights.values())
     return {words: weight / total for words, weight in weights.items()}
 
 # %% ../nbs/appendix/tinywiki.ipynb #e4ccbb9e
 def certain_facts(
-    text: str,  # a whole article
-    grammar: dict[str, list | dict] = WIKI,
-) -> list[tuple[str, int, int]]:  # the name of the fact, its first character and the one after its last
-    "The repeated facts of an article that could not be anything else, given what stands before them."
+    text: str,
+    grammar: dict[str, list | dict] = WIKI,  # a whole article
+) -> list[
+    tuple[str, int, int]
+]:  # the name of the fact, its first character and the one after its last
+    """The repeated facts of an article that could not be anything else, given what stands before
+    them.
+    """
     derivation = next(parse(grammar, text), None)
-    if derivation is None: raise ValueError("the grammar cannot have written this text: give an article of its own")
-    return [fact for fact in derivation.recalled if list(continuations(grammar, text[:fact[1]])) == [text[fact[1]:fact[2]]]]
+    if derivation is None:
+        raise ValueError("the grammar cannot have written this text: give an article of its own")
+    return [
+        fact
+        for fact in derivation.recalled
+        if list(continuations(grammar, text[: fact[1]])) == [text[fact[1] : fact[2]]]
+    ]
 
 # %% ../nbs/appendix/tinywiki.ipynb #098b0aaf
 def articles(
-    seed: int,
-    grammar: dict[str, list | dict] = WIKI,
+    seed: int, grammar: dict[str, list | dict] = WIKI
 ) -> Iterator[Article]:  # without end, or until the titles run out
-    "Articles whose titles never repeat: one with a title already used is thrown away and drawn again."
-    rng, seen, left = random.Random(seed), set(), 1.0  # left: the probability that a draw has a title not yet used
+    """Articles whose titles never repeat: one with a title already used is thrown away and drawn
+    again.
+    """
+    # left: the probability that a draw has a title not yet used
+    rng, seen, left = random.Random(seed), set(), 1.0
     while True:
-        if left < 1e-6: raise ValueError(f"the grammar has no titles beyond the {len(seen)} already used: ask for fewer articles")
+        if left < 1e-6:
+            raise ValueError(
+                f"the grammar has no titles beyond the {len(seen)} already used: ask for fewer"
+                " articles"
+            )
         article = write_article(grammar, rng)
-        while article.title in seen: article = write_article(grammar, rng)
+        while article.title in seen:
+            article = write_article(grammar, rng)
         yield replace(article, saving=-math.log(left))
         seen.add(article.title)
         left -= math.exp(-article.rows[0][1])
@@ -303,7 +504,9 @@ def splits(
     seed: int,
     grammar: dict[str, list | dict] = WIKI,
 ) -> dict[str, dict[str, list]]:  # split -> {"text": rows, "nats": what each row cost}
-    "Rows as WikiText has them, a blank one before and after each heading; no title twice, in one split or in two."
+    """Rows as WikiText has them, a blank one before and after each heading; no title twice, in one
+    split or in two.
+    """
     source, found = articles(seed, grammar), {}
     for split, n in sizes.items():
         text, nats = [], []

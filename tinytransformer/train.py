@@ -16,7 +16,21 @@ __all__ = ['CONFIGS', 'PACKAGED', 'STOP_SIGNALS', 'MAY_CHANGE', 'START', 'EXCESS
            'first_weights', 'whole_model', 'begin', 'finish', 'Run', 'load_run']
 
 # %% ../nbs/05_train.ipynb #5bcde0d9
-import copy, inspect, io, json, math, os, platform, random, re, shlex, signal, subprocess, sys, threading, time
+import copy
+import inspect
+import io
+import json
+import math
+import os
+import platform
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -44,126 +58,229 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from . import __version__, tinywiki
-from .data import Blocks, Corpus, DataConfig, InputError, check, digest, is_write_error, prepare, whole_folder, write_whole
+from tinytransformer.data import (
+    Blocks,
+    Corpus,
+    DataConfig,
+    InputError,
+    check,
+    digest,
+    is_write_error,
+    prepare,
+    whole_folder,
+    write_whole,
+)
 from .model import ModelConfig, Transformer, hf_folder, hf_shape, next_token_loss
 
 # %% ../nbs/05_train.ipynb #f54aa961
 @dataclass
 class TrainConfig:
     "How the model is trained."
-    optimizer: str = "adamw"      # adamw, or muon for the matrices inside the blocks and AdamW for the rest
-    max_steps: int = 1000         # optimizer steps
-    batch_size: int = 16          # B, blocks in a step, over all processes together
-    micro_batches: int = 1        # parts that a process works through one by one to save memory; their gradients add up to the batch's
-    learning_rate: float = 3e-3   # its highest value, reached after warm-up
+
+    # adamw, or muon for the matrices inside the blocks and AdamW for the rest
+    optimizer: str = "adamw"
+    max_steps: int = 1000  # optimizer steps
+    batch_size: int = 16  # B, blocks in a step, over all processes together
+    # parts that a process works through one by one to save memory; their gradients add up to the
+    # batch's
+    micro_batches: int = 1
+    learning_rate: float = 3e-3  # its highest value, reached after warm-up
     min_learning_rate: float = 3e-4  # where it ends
-    schedule: str = "cosine"      # after warm-up: cosine, constant, or wsd (stable, then a straight line down)
-    warmup_steps: int = 50        # steps of linear rise
-    decay_share: float = 0.2      # wsd only: share of the steps, at the end, in which it falls
-    weight_decay: float = 0.1     # on matrices alone
-    beta1: float = 0.9            # memory of AdamW's mean gradient
-    beta2: float = 0.95           # memory of AdamW's mean squared gradient
-    grad_clip: float = 1.0        # longest gradient, as a norm over all parameters
-    label_smoothing: float = 0.0  # share of each target spread over the whole vocabulary; never in a reported loss
-    eval_every: int = 200         # steps between looks at the validation split, each followed by a checkpoint
-    patience: int | None = None   # looks without a lower validation loss after which training stops
-    precision: str = "auto"       # fp32; bf16, for products, where the device has it; or auto: bf16 on a GPU that has it
-    recompute: bool = False       # forget what lies inside the blocks, and compute it again on the way back: less memory, more work
-    compile: bool = False         # let torch.compile fuse the model's operations; the first steps wait for it
-    skip_non_finite: bool = False # leave out a step whose loss or gradient is no finite number, instead of stopping there
-    track: str | None = None      # tensorboard, mlflow, or both with a comma between
-    seed: int = 0                 # of weights, shuffling and dropout
+    # after warm-up: cosine, constant, or wsd (stable, then a straight line down)
+    schedule: str = "cosine"
+    warmup_steps: int = 50  # steps of linear rise
+    decay_share: float = 0.2  # wsd only: share of the steps, at the end, in which it falls
+    weight_decay: float = 0.1  # on matrices alone
+    beta1: float = 0.9  # memory of AdamW's mean gradient
+    beta2: float = 0.95  # memory of AdamW's mean squared gradient
+    grad_clip: float = 1.0  # longest gradient, as a norm over all parameters
+    # share of each target spread over the whole vocabulary; never in a reported loss
+    label_smoothing: float = 0.0
+    # steps between looks at the validation split, each followed by a checkpoint
+    eval_every: int = 200
+    patience: int | None = None  # looks without a lower validation loss after which training stops
+    # fp32; bf16, for products, where the device has it; or auto: bf16 on a GPU that has it
+    precision: str = "auto"
+    # forget what lies inside the blocks, and compute it again on the way back: less memory, more
+    # work
+    recompute: bool = False
+    # let torch.compile fuse the model's operations; the first steps wait for it
+    compile: bool = False
+    # leave out a step whose loss or gradient is no finite number, instead of stopping there
+    skip_non_finite: bool = False
+    track: str | None = None  # tensorboard, mlflow, or both with a comma between
+    seed: int = 0  # of weights, shuffling and dropout
 
     def __post_init__(self):
         def need(names, good, wish):
             for name in names.split():
                 value = getattr(self, name)
                 check(value is None or good(value), f"train.{name} is {value!r}: give {wish}")
-        need("max_steps batch_size micro_batches eval_every patience", lambda v: v >= 1, "at least 1")
-        need("max_steps batch_size micro_batches eval_every patience warmup_steps", lambda v: v <= 10**12, "at most 10**12")
+
+        need(
+            "max_steps batch_size micro_batches eval_every patience", lambda v: v >= 1, "at least 1"
+        )
+        need(
+            "max_steps batch_size micro_batches eval_every patience warmup_steps",
+            lambda v: v <= 10**12,
+            "at most 10**12",
+        )
         need("learning_rate grad_clip", lambda v: 0 < v < math.inf, "more than 0")
-        need("min_learning_rate weight_decay warmup_steps seed", lambda v: 0 <= v < math.inf, "0 or more")
+        need(
+            "min_learning_rate weight_decay warmup_steps seed",
+            lambda v: 0 <= v < math.inf,
+            "0 or more",
+        )
         need("beta1 beta2 label_smoothing", lambda v: 0 <= v < 1, "0 or more, and less than 1")
         need("decay_share", lambda v: 0 <= v <= 1, "0 to 1")
         need("optimizer", lambda v: v in ("adamw", "muon"), "adamw or muon")
         need("schedule", lambda v: v in ("cosine", "constant", "wsd"), "cosine, constant or wsd")
         need("precision", lambda v: v in ("auto", "fp32", "bf16"), "auto, fp32 or bf16")
-        need("track", lambda v: set(v.split(",")) <= {"tensorboard", "mlflow"}, "tensorboard, mlflow, or both with a comma between")
-        need("min_learning_rate", lambda v: v <= self.learning_rate, f"at most train.learning_rate, {self.learning_rate}")
+        need(
+            "track",
+            lambda v: set(v.split(",")) <= {"tensorboard", "mlflow"},
+            "tensorboard, mlflow, or both with a comma between",
+        )
+        need(
+            "min_learning_rate",
+            lambda v: v <= self.learning_rate,
+            f"at most train.learning_rate, {self.learning_rate}",
+        )
         need("seed", lambda v: v < 2**32, "less than 2**32, which is as much as NumPy takes")
 
 # %% ../nbs/05_train.ipynb #126366eb
-CONFIGS = Path(inspect.getfile(Blocks)).parent/"configs"  # beside the modules
-PACKAGED = {f.stem: f for f in sorted(CONFIGS.glob("*.yaml"), key=lambda f: f.stem)}  # those that come with the package
+CONFIGS = Path(inspect.getfile(Blocks)).parent / "configs"  # beside the modules
+# those that come with the package
+PACKAGED = {f.stem: f for f in sorted(CONFIGS.glob("*.yaml"), key=lambda f: f.stem)}
+
 
 def config_file(
     name: str,  # of one that comes with the package, or the path of a YAML file
 ) -> Path:
     "The YAML file that `name` means."
     path = PACKAGED.get(name, Path(name))
-    check(path.is_file(), f"there is no configuration {name!r}: give {', '.join(PACKAGED)} or the path of a YAML file")
+    check(
+        path.is_file(),
+        f"there is no configuration {name!r}: give {', '.join(PACKAGED)} or the path of a YAML"
+        " file",
+    )
     return path
 
 # %% ../nbs/05_train.ipynb #067ea035
-def read_config(
-    path: str | Path,
-) -> dict[str, dict]:  # section -> field -> value
+def read_config(path: str | Path) -> dict[str, dict]:  # section -> field -> value
     "The sections of a YAML file as plain dictionaries."
-    try: sections = yaml.safe_load(Path(path).read_text())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error: raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if isinstance(sections, dict): sections = {name: s for name, s in sections.items() if s is not None or name not in ("folder", "resume")}  # as --print_config writes them
-    check(isinstance(sections, dict) and all(isinstance(s, dict) for s in sections.values()), f"{path} is no configuration: give sections such as `model:` with fields below")
+    try:
+        sections = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{path} cannot be read as YAML: {' '.join(str(error).split())}"
+        ) from error
+    # as --print_config writes them
+    if isinstance(sections, dict):
+        sections = {
+            name: s
+            for name, s in sections.items()
+            if s is not None or name not in ("folder", "resume")
+        }
+    check(
+        isinstance(sections, dict) and all(isinstance(s, dict) for s in sections.values()),
+        f"{path} is no configuration: give sections such as `model:` with fields below",
+    )
     return sections
 
 # %% ../nbs/05_train.ipynb #76e44d33
 def make_config(
-    cls: type,     # one of the configuration dataclasses
+    cls: type,  # one of the configuration dataclasses
     section: str,  # its name in the file
     values: dict,  # field -> value
 ):  # an instance of `cls`
-    "A configuration from one section of a YAML file; a name or a type that does not fit is told in one line."
+    """A configuration from one section of a YAML file; a name or a type that does not fit is told
+    in one line.
+    """
     types = {f.name: f.type for f in fields(cls)}
     for name, value in values.items():
         check(name in types, f"{section}.{name} is no setting: give one of {', '.join(types)}")
-        wanted = get_origin(types[name]) if get_origin(types[name]) in (list, dict) else types[name]  # what is in them, the class sees to
-        fits = isinstance(value, wanted | int if wanted is float else wanted) and isinstance(value, bool) == (wanted is bool)  # Python counts True as an int
+        # what is in them, the class sees to
+        wanted = get_origin(types[name]) if get_origin(types[name]) in (list, dict) else types[name]
+        # Python counts True as an int
+        fits = isinstance(value, wanted | int if wanted is float else wanted) and isinstance(
+            value, bool
+        ) == (wanted is bool)
         check(fits, f"{section}.{name} is {value!r}: give {getattr(wanted, '__name__', wanted)}")
     return cls(**values)
 
 # %% ../nbs/05_train.ipynb #2e28ad22
-def make_optimizer(
-    model: nn.Module,
-    cfg: TrainConfig,
-) -> torch.optim.Optimizer:
-    "AdamW (Loshchilov & Hutter, 2019) that decays matrices and leaves biases and norms alone; with `muon` the matrices inside the blocks get theirs from it."
-    inside = {name: p for name, p in model.named_parameters() if cfg.optimizer == "muon" and p.ndim == 2 and name.startswith("blocks.")}
+def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter, 2019) that decays matrices and leaves biases and norms alone;
+    with `muon` the matrices inside the blocks get theirs from it.
+    """
+    inside = {
+        name: p
+        for name, p in model.named_parameters()
+        if cfg.optimizer == "muon" and p.ndim == 2 and name.startswith("blocks.")
+    }
     matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and name not in inside]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)  # one kernel for all parameters
-    return Together(Muon(inside.values(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw) if inside else adamw
+    groups = [
+        dict(params=matrices, weight_decay=cfg.weight_decay),
+        dict(params=vectors, weight_decay=0.0),
+    ]
+    # one kernel for all parameters
+    adamw = torch.optim.AdamW(
+        groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True
+    )
+    return (
+        Together(
+            Muon(
+                inside.values(),
+                lr=cfg.learning_rate,
+                weight_decay=cfg.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+            adamw,
+        )
+        if inside
+        else adamw
+    )
 
 # %% ../nbs/05_train.ipynb #4c1f7a20
-def has_bf16(
-    device: torch.device,
-) -> bool:
-    "Whether `device` itself multiplies in bfloat16; a CPU without AVX-512, for one, only imitates it, which is far slower than float32."
-    if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type != "cpu" or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` itself multiplies in bfloat16; a CPU without AVX-512, for one, only imitates
+    it, which is far slower than float32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return (
+        device.type != "cpu"
+        or torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
 
 class StayInFloat32(TorchFunctionMode):
     "In this block `.bfloat16()` leaves a tensor as exact as it was."
-    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+
+    def __torch_function__(
+        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         return args[0].clone() if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
+
 
 class Muon(torch.optim.Muon):
     "PyTorch's Muon (Jordan et al., 2024), in float32 where its bfloat16 would only be imitated."
+
     def step(self, closure: None = None) -> None:
-        with nullcontext() if has_bf16(self.param_groups[0]["params"][0].device) else StayInFloat32(): super().step()
+        with (
+            nullcontext() if has_bf16(self.param_groups[0]["params"][0].device) else StayInFloat32()
+        ):
+            super().step()
 
 # %% ../nbs/05_train.ipynb #ee168d47
 class Together(torch.optim.Optimizer):
-    "Several optimizers, each with parameters of its own, that are stepped, saved and loaded as one."
+    """Several optimizers, each with parameters of its own, that are stepped, saved and loaded as
+    one.
+    """
+
     def __init__(self, *parts: torch.optim.Optimizer):
         self.parts = parts
         super().__init__([group for part in parts for group in part.param_groups], {})
@@ -172,14 +289,16 @@ class Together(torch.optim.Optimizer):
     def share(self) -> None:
         "Let every part use the groups and the memory of the whole."
         groups = iter(self.param_groups)
-        for part in self.parts: part.param_groups, part.state = [next(groups) for _ in part.param_groups], self.state
+        for part in self.parts:
+            part.param_groups, part.state = [next(groups) for _ in part.param_groups], self.state
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         self.share()
 
     def step(self, closure: None = None) -> None:
-        for part in self.parts: part.step()
+        for part in self.parts:
+            part.step()
 
 # %% ../nbs/05_train.ipynb #041b7430
 def batches(
@@ -188,46 +307,65 @@ def batches(
     seed: int,
     start: int = 0,  # batches to pass over
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # x (B, T) and y (B, T), without end
-    "Epochs without end, each in an order that `seed` and its number decide; blocks that do not fill a batch are left out of theirs."
-    check(len(blocks) >= batch_size, f"train.batch_size is {batch_size}, but the text has only {len(blocks)} blocks: give {len(blocks)} or less")
+    """Epochs without end, each in an order that `seed` and its number decide; blocks that do not
+    fill a batch are left out of theirs.
+    """
+    check(
+        len(blocks) >= batch_size,
+        f"train.batch_size is {batch_size}, but the text has only {len(blocks)} blocks: give"
+        f" {len(blocks)} or less",
+    )
     per_epoch = len(blocks) // batch_size
     for epoch in count(start // per_epoch):
-        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed * 2**31 + epoch)).tolist()
+        order = torch.randperm(
+            len(blocks), generator=torch.Generator().manual_seed(seed * 2**31 + epoch)
+        ).tolist()
         first = start % per_epoch if epoch == start // per_epoch else 0
         for k in range(first, per_epoch):
-            x, y = zip(*(blocks[i] for i in order[k * batch_size:(k + 1) * batch_size]))
+            x, y = zip(*(blocks[i] for i in order[k * batch_size : (k + 1) * batch_size]))
             yield torch.stack(x), torch.stack(y)
 
 # %% ../nbs/05_train.ipynb #9e49cfb7
-def learning_rate(
-    step: int,  # 1 to max_steps
-    cfg: TrainConfig,
-) -> float:
-    "Linear warm-up, then the cosine (Loshchilov & Hutter, 2017), the constant rate, or the late linear decay (wsd; Hu et al., 2024) of `cfg.schedule`."
-    if step <= cfg.warmup_steps: return cfg.learning_rate * step / cfg.warmup_steps
-    if cfg.schedule == "constant": return cfg.learning_rate
-    begin = cfg.warmup_steps if cfg.schedule == "cosine" else max(cfg.warmup_steps, round(cfg.max_steps * (1 - cfg.decay_share)))
-    done = max(0, step - begin) / max(1, cfg.max_steps - begin)  # 0 where the fall begins, 1 at the end
+def learning_rate(step: int, cfg: TrainConfig) -> float:  # 1 to max_steps
+    """Linear warm-up, then the cosine (Loshchilov & Hutter, 2017), the constant rate, or the late
+    linear decay (wsd; Hu et al., 2024) of `cfg.schedule`.
+    """
+    if step <= cfg.warmup_steps:
+        return cfg.learning_rate * step / cfg.warmup_steps
+    if cfg.schedule == "constant":
+        return cfg.learning_rate
+    begin = (
+        cfg.warmup_steps
+        if cfg.schedule == "cosine"
+        else max(cfg.warmup_steps, round(cfg.max_steps * (1 - cfg.decay_share)))
+    )
+    # 0 where the fall begins, 1 at the end
+    done = max(0, step - begin) / max(1, cfg.max_steps - begin)
     left = (1 + math.cos(math.pi * done)) / 2 if cfg.schedule == "cosine" else 1 - done
     return cfg.min_learning_rate + (cfg.learning_rate - cfg.min_learning_rate) * left
 
 # %% ../nbs/05_train.ipynb #27f9d403
 def lr_range_test(
-    model: Transformer,     # not changed: a copy is trained
+    model: Transformer,  # not changed: a copy is trained
     corpus: Corpus,
-    cfg: TrainConfig,       # its batch size, decay, betas, clipping and seed are used
-    lowest: float = 1e-5,   # rate of the first step
-    highest: float = 1.0,   # rate of the last
+    cfg: TrainConfig,  # its batch size, decay, betas, clipping and seed are used
+    lowest: float = 1e-5,  # rate of the first step
+    highest: float = 1.0,  # rate of the last
     steps: int = 100,
-) -> list[dict]:            # learning_rate and loss of each step, up to where the loss is twice its lowest
+) -> list[dict]:  # learning_rate and loss of each step, up to where the loss is twice its lowest
     "Train with a rate that grows by a constant factor each step (Smith, 2017)."
     model, device = copy.deepcopy(model).train(), next(model.parameters()).device
     optimizer, rows = make_optimizer(model, cfg), []
-    for step, (x, y) in zip(range(steps), batches(Blocks(corpus.streams["train"], model.cfg.seq_len), cfg.batch_size, cfg.seed)):
+    for step, (x, y) in zip(
+        range(steps),
+        batches(Blocks(corpus.streams["train"], model.cfg.seq_len), cfg.batch_size, cfg.seed),
+    ):
         rate = lowest * (highest / lowest) ** (step / max(1, steps - 1))
-        for group in optimizer.param_groups: group["lr"] = rate
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         loss = next_token_loss(model(x.to(device)), y.to(device))
-        if not loss.isfinite() or rows and loss > 2 * min(row["loss"] for row in rows): break
+        if not loss.isfinite() or rows and loss > 2 * min(row["loss"] for row in rows):
+            break
         rows.append(dict(learning_rate=rate, loss=loss.item()))
         optimizer.zero_grad()
         loss.backward()
@@ -235,25 +373,31 @@ def lr_range_test(
         optimizer.step()
     return rows
 
-def plot_lr_range(
-    rows: list[dict],  # of lr_range_test
-):  # a matplotlib figure
-    "Loss against the learning rate, with the rate at which it was lowest and the rate ten times smaller, which is on the safe side."
+
+def plot_lr_range(rows: list[dict]):  # of lr_range_test  # a matplotlib figure
+    """Loss against the learning rate, with the rate at which it was lowest and the rate ten times
+    smaller, which is on the safe side.
+    """
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes, best = figure.subplots(), min(rows, key=lambda row: row["loss"])["learning_rate"]
     axes.semilogx([row["learning_rate"] for row in rows], [row["loss"] for row in rows])
     axes.axvline(best, color="black", ls=":", label=f"lowest loss, at {best:.1g}")
     axes.axvline(best / 10, color="tab:orange", ls="--", label=f"a tenth of it, {best / 10:.1g}")
-    axes.set(xlabel="learning rate", ylabel="loss (nats per token)", title=f"range test: {len(rows)} steps, each with a larger rate")
+    axes.set(
+        xlabel="learning rate",
+        ylabel="loss (nats per token)",
+        title=f"range test: {len(rows)} steps, each with a larger rate",
+    )
     axes.legend()
     return figure
 
 # %% ../nbs/05_train.ipynb #2869a8c0
 def windows(
-    n: int,       # targets in the stream
-    length: int,  # T, of a window
-    stride: int,
+    n: int,
+    length: int,
+    stride: int,  # targets in the stream  # T, of a window
 ) -> list[tuple[int, int]]:  # (end, how many of the targets before it count)
     "Windows that together count each of `n` targets once."
     ends = [*range(min(length, n), n, stride), n]
@@ -263,13 +407,19 @@ def windows(
 @torch.no_grad()
 def evaluate(
     model: Transformer,
-    stream: torch.Tensor,            # (N,) token ids of a whole split
-    stride: int | None = None,       # how far one window lies from the next; left out, T: side by side
-    batch_size: int = 32,            # windows in a pass; the result does not depend on it
+    stream: torch.Tensor,  # (N,) token ids of a whole split
+    stride: int | None = None,  # how far one window lies from the next; left out, T: side by side
+    batch_size: int = 32,  # windows in a pass; the result does not depend on it
     accelerator: Accelerator | None = None,  # where several processes share the work
 ) -> float:
-    "Mean loss in nats per token over the N - 1 tokens of `stream` that follow something, each once, without dropout."
-    check(len(stream) >= 2, f"the text has {len(stream)} tokens, but one can only be predicted from another: choose a longer text")
+    """Mean loss in nats per token over the N - 1 tokens of `stream` that follow something, each
+    once, without dropout.
+    """
+    check(
+        len(stream) >= 2,
+        f"the text has {len(stream)} tokens, but one can only be predicted from another: choose a"
+        " longer text",
+    )
     T = min(model.cfg.seq_len, len(stream) - 1)
     stride = T if stride is None else stride
     check(1 <= stride <= T, f"stride is {stride}: give 1 to {T}, the tokens that a window has")
@@ -280,68 +430,105 @@ def evaluate(
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
     mine = todo[rank::world]
-    for i in tqdm(range(0, len(mine), batch_size), desc="evaluating", unit="batch", leave=False, disable=None if rank == 0 else True):
-        ends, counted = map(torch.tensor, zip(*mine[i:i + batch_size]))
-        tokens = torch.stack([stream[end - T:end + 1] for end in ends]).long().to(device)        # (B, T + 1)
-        counts = torch.arange(T) >= T - counted[:, None]                                         # (B, T): the last ones of each window
+    for i in tqdm(
+        range(0, len(mine), batch_size),
+        desc="evaluating",
+        unit="batch",
+        leave=False,
+        disable=None if rank == 0 else True,
+    ):
+        ends, counted = map(torch.tensor, zip(*mine[i : i + batch_size]))
+        # (B, T + 1)
+        tokens = torch.stack([stream[end - T : end + 1] for end in ends]).long().to(device)
+        counts = torch.arange(T) >= T - counted[:, None]  # (B, T): the last ones of each window
         loss = model(tokens[:, :-1], y=tokens[:, 1:].masked_fill(~counts.to(device), -1))
-        if counts.any(): total += loss.cpu().double() * counts.sum()                             # if not, the pass is only made because the others make one
+        # if not, the pass is only made because the others make one
+        if counts.any():
+            total += loss.cpu().double() * counts.sum()
     model.train(was_training)
-    if world > 1: total = accelerator.reduce(total.to(device)).cpu()
+    if world > 1:
+        total = accelerator.reduce(total.to(device)).cpu()
     return total.item() / (len(stream) - 1)
 
 # %% ../nbs/05_train.ipynb #78a7c627
 def perplexities(
-    loss: float,         # nats per token
+    loss: float,  # nats per token
     about: dict,  # of the split, in a Corpus: tokens, words (one `<eos>` a row included) and bytes
 ) -> dict[str, float]:
-    "Perplexity per token, perplexity per word and bits per byte: the same nats, spread over three units."
-    def exp(nats): return math.inf if nats > 700 else math.exp(nats)  # beyond that a float overflows
+    """Perplexity per token, perplexity per word and bits per byte: the same nats, spread over three
+    units.
+    """
+
+    # beyond that a float overflows
+    def exp(nats):
+        return math.inf if nats > 700 else math.exp(nats)
+
     nats = loss * about["tokens"]
-    return dict(perplexity=exp(loss), word_perplexity=exp(nats / about["words"]), bits_per_byte=nats / about["bytes"] / math.log(2))
+    return dict(
+        perplexity=exp(loss),
+        word_perplexity=exp(nats / about["words"]),
+        bits_per_byte=nats / about["bytes"] / math.log(2),
+    )
 
 # %% ../nbs/05_train.ipynb #09112ba6
 @torch.no_grad()
 def fact_recall(
     model: Transformer,
-    corpus: Corpus,       # of TinyWiki
+    corpus: Corpus,  # of TinyWiki
     articles: int = 100,  # of the validation split, from its beginning
 ) -> float:  # 0 to 1; nan where no fact is repeated within the context
-    "Share of the certain facts in TinyWiki's articles that the model's likeliest tokens repeat rightly."
+    """Share of the certain facts in TinyWiki's articles that the model's likeliest tokens repeat
+    rightly.
+    """
     tokenizer, T = corpus.tokenizer, model.cfg.seq_len
-    text = tokenizer.decode(corpus.streams["validation"][:400 * articles].tolist())
+    text = tokenizer.decode(corpus.streams["validation"][: 400 * articles].tolist())
     asked = right = 0
-    for article in re.split(r"(?m)^(?= = [^=])", text)[1:-1][:articles]:  # the last one may be cut off
+    # the last one may be cut off
+    for article in re.split(r"(?m)^(?= = [^=])", text)[1:-1][:articles]:
         encoded = tokenizer.encode(article, add_special_tokens=False)
-        ids = torch.tensor(encoded.ids[:T + 1])
-        x = ids[None, :-1].to(next(model.parameters()).device)            # (1, T) at most
-        guesses = model(x)[0].argmax(dim=-1).cpu()                        # (T,)
+        ids = torch.tensor(encoded.ids[: T + 1])
+        x = ids[None, :-1].to(next(model.parameters()).device)  # (1, T) at most
+        guesses = model(x)[0].argmax(dim=-1).cpu()  # (T,)
         correct = guesses == ids[1:]
         for _, start, end in tinywiki.certain_facts(article):
             places = [i for i, (_, stop) in enumerate(encoded.offsets) if start < stop <= end]
-            if places[-1] > T: continue
+            if places[-1] > T:
+                continue
             asked += 1
             right += bool(correct[[i - 1 for i in places]].all())
     return right / asked if asked else math.nan
 
 # %% ../nbs/05_train.ipynb #e0b4a4d8
-def first_not_finite(
-    model: nn.Module,
-    x: torch.Tensor,  # (B, T) the batch that did it
-) -> str:
+def first_not_finite(model: nn.Module, x: torch.Tensor) -> str:  # (B, T) the batch that did it
     "Where numbers are lost first: in a weight, in the output of a part, or in a gradient."
-    def lost(t): return torch.is_tensor(t) and not bool(t.isfinite().all())
+
+    def lost(t):
+        return torch.is_tensor(t) and not bool(t.isfinite().all())
+
     outputs = []
-    def look_at(name): return lambda module, args, output: outputs.append(name) if lost(output) else None
+
+    def look_at(name):
+        return lambda module, args, output: outputs.append(name) if lost(output) else None
+
     for name, p in model.named_parameters():
-        if lost(p): return f"the weight {name}"
-    hooks = [module.register_forward_hook(look_at(name)) for name, module in model.named_modules() if name]
+        if lost(p):
+            return f"the weight {name}"
+    hooks = [
+        module.register_forward_hook(look_at(name))
+        for name, module in model.named_modules()
+        if name
+    ]
     try:
-        with torch.no_grad(): model(x)
+        with torch.no_grad():
+            model(x)
     finally:
-        for hook in hooks: hook.remove()
-    if outputs: return f"the output of {outputs[0]}"
-    gradients = [name for name, p in model.named_parameters() if p.grad is not None and lost(p.grad)]
+        for hook in hooks:
+            hook.remove()
+    if outputs:
+        return f"the output of {outputs[0]}"
+    gradients = [
+        name for name, p in model.named_parameters() if p.grad is not None and lost(p.grad)
+    ]
     return f"the gradient of {gradients[-1]}" if gradients else "the loss"
 
 # %% ../nbs/05_train.ipynb #075aed92
@@ -349,73 +536,107 @@ def on_cpu() -> bool:
     "Whether to train on the CPU: where there is nothing better, or `accelerate` was told to."
     return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
 
+
 def processes() -> PartialState:
-    "The processes that train together, as `accelerate launch`, `torchrun` or nothing at all has started them."
+    """The processes that train together, as `accelerate launch`, `torchrun` or nothing at all has
+    started them.
+    """
     return PartialState(cpu=on_cpu())
 
-def make_accelerator(
-    cfg: TrainConfig,
-) -> Accelerator:
+
+def make_accelerator(cfg: TrainConfig) -> Accelerator:
     "Devices, processes and precision: bfloat16 only where the device has it."
     device = processes().device
-    bf16 = has_bf16(device) and (cfg.precision == "bf16" or cfg.precision == "auto" and device.type == "cuda")
-    if cfg.precision == "bf16" and not bf16: say("train.precision is bf16, which this processor only imitates: products are taken in float32, which is faster")
-    AcceleratorState._reset_state()  # one process may train several models, each with its own precision
+    bf16 = has_bf16(device) and (
+        cfg.precision == "bf16" or cfg.precision == "auto" and device.type == "cuda"
+    )
+    if cfg.precision == "bf16" and not bf16:
+        say(
+            "train.precision is bf16, which this processor only imitates: products are taken in"
+            " float32, which is faster"
+        )
+    # one process may train several models, each with its own precision
+    AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=on_cpu())
     share = accelerator.num_processes * cfg.micro_batches
-    check(cfg.batch_size % share == 0, f"train.batch_size is {cfg.batch_size}: give a multiple of {share}, for {accelerator.num_processes} processes x {cfg.micro_batches} micro-batches")
-    if accelerator.is_fsdp2: accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # it would take a tied matrix for two
+    check(
+        cfg.batch_size % share == 0,
+        f"train.batch_size is {cfg.batch_size}: give a multiple of {share}, for"
+        f" {accelerator.num_processes} processes x {cfg.micro_batches} micro-batches",
+    )
+    # it would take a tied matrix for two
+    if accelerator.is_fsdp2:
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     return accelerator
 
 # %% ../nbs/05_train.ipynb #dcb3afbf
 @contextmanager
 def fast_products() -> Iterator[None]:
-    "Products of float32 matrices on a CPU by the faster library, where that keeps their digits; for the time of the block."
+    """Products of float32 matrices on a CPU by the faster library, where that keeps their digits;
+    for the time of the block.
+    """
     before = torch.get_float32_matmul_precision()
     probe = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     exact = probe.double() @ probe.double()
     try:
         if not torch.cuda.is_available():
             torch.set_float32_matmul_precision("medium")
-            if ((probe @ probe).double() - exact).norm() > 1e-6 * exact.norm(): torch.set_float32_matmul_precision(before)
+            if ((probe @ probe).double() - exact).norm() > 1e-6 * exact.norm():
+                torch.set_float32_matmul_precision(before)
         yield
-    finally: torch.set_float32_matmul_precision(before)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 # %% ../nbs/05_train.ipynb #dacf9d0c
 def train_step(
-    model: nn.Module,                  # prepared by `accelerator`
+    model: nn.Module,  # prepared by `accelerator`
     optimizer: torch.optim.Optimizer,  # likewise
-    x: torch.Tensor,                   # (B, T) the whole batch; this process takes its share
-    y: torch.Tensor,                   # (B, T)
+    x: torch.Tensor,  # (B, T) the whole batch; this process takes its share
+    y: torch.Tensor,  # (B, T)
     cfg: TrainConfig,
     accelerator: Accelerator,
-) -> tuple[torch.Tensor, torch.Tensor]:  # loss in nats per token and gradient norm before clipping, both over all processes
-    "Put the averaged and clipped gradients of a batch in place; the caller steps the optimizer. Gradients that are not finite are not clipped."
+) -> tuple[
+    torch.Tensor, torch.Tensor
+]:  # loss in nats per token and gradient norm before clipping, both over all processes
+    """Put the averaged and clipped gradients of a batch in place; the caller steps the optimizer.
+    Gradients that are not finite are not clipped.
+    """
     optimizer.zero_grad()
     total = torch.zeros((), device=accelerator.device)
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     parts = list(zip(x[share].chunk(cfg.micro_batches), y[share].chunk(cfg.micro_batches)))
     for i, (x, y) in enumerate(parts):
         x, y = x.to(accelerator.device), y.to(accelerator.device)
-        with accelerator.no_sync(model) if i + 1 < len(parts) else nullcontext():  # processes exchange gradients once, with the last part
+        # processes exchange gradients once, with the last part
+        with accelerator.no_sync(model) if i + 1 < len(parts) else nullcontext():
             if cfg.label_smoothing:
-                logits = model(x)                                                  # (B / processes / parts, T, V)
-                loss, goal = next_token_loss(logits, y), F.cross_entropy(logits.flatten(0, 1), y.flatten(), label_smoothing=cfg.label_smoothing)
-            else: goal = loss = model(x, y=y)                                      # never all the logits at once
+                logits = model(x)  # (B / processes / parts, T, V)
+                loss, goal = (
+                    next_token_loss(logits, y),
+                    F.cross_entropy(
+                        logits.flatten(0, 1), y.flatten(), label_smoothing=cfg.label_smoothing
+                    ),
+                )
+            else:
+                goal = loss = model(x, y=y)  # never all the logits at once
             accelerator.backward(goal / len(parts))
         total += loss.detach() / len(parts)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm                 # where weights are spread over processes, each knows its part
-    if whole.isfinite(): nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)  # otherwise all gradients would be lost, and nobody could say where it began
+    # where weights are spread over processes, each knows its part
+    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    # otherwise all gradients would be lost, and nobody could say where it began
+    if whole.isfinite():
+        nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
     return accelerator.reduce(total, "mean"), whole
 
 # %% ../nbs/05_train.ipynb #e20198ca
 @dataclass
 class Progress:
     "Where training stands."
-    step: int = 0              # optimizer steps done
+
+    step: int = 0  # optimizer steps done
     best: float | None = None  # lowest validation loss so far
-    stale: int = 0             # looks at the validation split since then
+    stale: int = 0  # looks at the validation split since then
 
     def judge(self, val_loss: float) -> bool:
         "Take note of a validation loss; whether it is the best so far."
@@ -426,54 +647,89 @@ class Progress:
 # %% ../nbs/05_train.ipynb #da03aaf3
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+
 class Stopped(Exception):
     "Training ended early because it was asked to."
+
     def __init__(self, number: int, step: int):
         super().__init__(f"stopped after step {step}")
         self.number, self.step = number, step
+
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:  # the numbers of those that came
     "While the body runs, the first SIGINT or SIGTERM is only noted."
     came, before = [], {}
+
     def note(number, frame):
         came.append(number)
-        for s, handler in before.items(): signal.signal(s, handler)
-    if threading.current_thread() is threading.main_thread(): before |= {s: signal.signal(s, note) for s in STOP_SIGNALS}  # Python allows it there alone
-    try: yield came
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+    # Python allows it there alone
+    if threading.current_thread() is threading.main_thread():
+        before |= {s: signal.signal(s, note) for s in STOP_SIGNALS}
+    try:
+        yield came
     finally:
-        for s, handler in before.items(): signal.signal(s, handler)
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 # %% ../nbs/05_train.ipynb #d379e6fa
 def agreed(
-    signals: list[int],  # that came to this process
-    accelerator: Accelerator,
+    signals: list[int],
+    accelerator: Accelerator,  # that came to this process
 ) -> int:  # 0 if none came to any process
     "The signal on which all processes stop together."
     number = torch.tensor(max(signals, default=0), device=accelerator.device)
-    if accelerator.num_processes > 1: torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
     return int(number)
+
 
 def memory_mb(device: torch.device) -> float:
     "Megabytes (10**6 bytes): the most that was allocated on a GPU, or what this process holds."
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss) / 1e6
+    return (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else psutil.Process().memory_info().rss
+    ) / 1e6
+
 
 @contextmanager
-def progress_bar(cfg: TrainConfig, at: Progress, accelerator: Accelerator) -> Iterator[Callable[[dict], None]]:
+def progress_bar(
+    cfg: TrainConfig, at: Progress, accelerator: Accelerator
+) -> Iterator[Callable[[dict], None]]:
     "A bar with rate, losses and time left; it gets the row of each step."
     shown = dict(loss="-", val_loss="-")
-    with tqdm(total=cfg.max_steps, initial=at.step, desc="training", unit="step", disable=None if accelerator.is_main_process else True) as bar:
+    with tqdm(
+        total=cfg.max_steps,
+        initial=at.step,
+        desc="training",
+        unit="step",
+        disable=None if accelerator.is_main_process else True,
+    ) as bar:
+
         def advance(row):
-            shown.update({name: f"{row[name]:.3f}" for name in ("loss", "val_loss") if name in row}, tokens=f"{row['tokens_per_second']:,.0f}/s")
+            shown.update(
+                {name: f"{row[name]:.3f}" for name in ("loss", "val_loss") if name in row},
+                tokens=f"{row['tokens_per_second']:,.0f}/s",
+            )
             bar.set_postfix(shown, refresh=False)
             bar.update()
+
         yield advance
+
 
 class Diverged(InputError):
     "A loss or a gradient that is no finite number."
+
     def __init__(self, step: int, loss: float, grad_norm: float, where: str):
-        super().__init__(f"training diverged at step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}, first seen in {where}; "
-                         "the weights are those of the step before: lower train.learning_rate, warm up for longer, or set train.skip_non_finite")
+        super().__init__(
+            f"training diverged at step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g},"
+            f" first seen in {where}; the weights are those of the step before: lower"
+            " train.learning_rate, warm up for longer, or set train.skip_non_finite"
+        )
         self.step, self.where = step, where
 
 # %% ../nbs/05_train.ipynb #8927b0db
@@ -482,47 +738,86 @@ def fit(
     corpus: Corpus,
     cfg: TrainConfig,
     log: Callable[[dict], None] = lambda row: None,  # gets the row of each step
-    accelerator: Accelerator | None = None,          # left out, one process on the best device
-    checkpoints=None,                                # a Checkpoints of below: where to go on from, and what to go on from later
-) -> list[dict]:  # the rows: step, epoch, loss, learning_rate, grad_norm, tokens_per_second, memory_mb and, now and then, val_loss
-    "Train `model` in place up to step `cfg.max_steps`, or until `cfg.patience` runs out. Raises `Diverged`; with `checkpoints` also `Stopped`, on Ctrl-C or SIGTERM."
+    accelerator: Accelerator | None = None,  # left out, one process on the best device
+    checkpoints=None,  # a Checkpoints of below: where to go on from, and what to go on from later
+) -> list[
+    dict
+    # the rows: step, epoch, loss, learning_rate, grad_norm, tokens_per_second, memory_mb and, now and
+    # then, val_loss
+]:
+    """Train `model` in place up to step `cfg.max_steps`, or until `cfg.patience` runs out. Raises
+    `Diverged`; with `checkpoints` also `Stopped`, on Ctrl-C or SIGTERM.
+    """
     accelerator = accelerator or make_accelerator(cfg)
     model.recompute = cfg.recompute
     if cfg.compile:
-        for block in model.blocks: block.compile()  # not the whole: blocks are alike and share what is compiled, and the loss, whose loop writes the same memory again and again, stays as it is
-    check(cfg.optimizer != "muon" or not accelerator.is_fsdp2, "train.optimizer is muon, which needs whole matrices, but FSDP cuts them: give adamw")
+        # not the whole: blocks are alike and share what is compiled, and the loss, whose loop
+        # writes the same memory again and again, stays as it is
+        for block in model.blocks:
+            block.compile()
+    check(
+        cfg.optimizer != "muon" or not accelerator.is_fsdp2,
+        "train.optimizer is muon, which needs whole matrices, but FSDP cuts them: give adamw",
+    )
     net, optimizer = accelerator.prepare(model.train(), make_optimizer(model, cfg))
     at = checkpoints.load(model, optimizer) if checkpoints else Progress()
     train = Blocks(corpus.streams["train"], model.cfg.seq_len)
     pairs, rows = batches(train, cfg.batch_size, cfg.seed, start=at.step), []
-    with noted_signals() if checkpoints else nullcontext([]) as signals, progress_bar(cfg, at, accelerator) as bar:
+    with (
+        noted_signals() if checkpoints else nullcontext([]) as signals,
+        progress_bar(cfg, at, accelerator) as bar,
+    ):
         while at.step < cfg.max_steps and not (cfg.patience and at.stale >= cfg.patience):
             began, at.step = time.perf_counter(), at.step + 1
-            for group in optimizer.param_groups: group["lr"] = learning_rate(at.step, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(at.step, cfg)
             x, y = next(pairs)
             loss, grad_norm = (t.item() for t in train_step(net, optimizer, x, y, cfg, accelerator))
-            row = dict(step=at.step, epoch=round(at.step / (len(train) // cfg.batch_size), 4), loss=loss, learning_rate=learning_rate(at.step, cfg), grad_norm=grad_norm)
-            if math.isfinite(loss) and math.isfinite(grad_norm): optimizer.step()
-            elif cfg.skip_non_finite: row["skipped"] = True
-            else: raise Diverged(at.step, loss, grad_norm, first_not_finite(model, x.to(accelerator.device)))
-            row |= dict(tokens_per_second=x.numel() / (time.perf_counter() - began), memory_mb=memory_mb(accelerator.device))
+            row = dict(
+                step=at.step,
+                epoch=round(at.step / (len(train) // cfg.batch_size), 4),
+                loss=loss,
+                learning_rate=learning_rate(at.step, cfg),
+                grad_norm=grad_norm,
+            )
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                optimizer.step()
+            elif cfg.skip_non_finite:
+                row["skipped"] = True
+            else:
+                raise Diverged(
+                    at.step, loss, grad_norm, first_not_finite(model, x.to(accelerator.device))
+                )
+            row |= dict(
+                tokens_per_second=x.numel() / (time.perf_counter() - began),
+                memory_mb=memory_mb(accelerator.device),
+            )
             better, stop = False, agreed(signals, accelerator)
             if look := at.step % cfg.eval_every == 0 or at.step == cfg.max_steps:
-                row["val_loss"] = evaluate(model, corpus.streams["validation"], accelerator=accelerator)
+                row["val_loss"] = evaluate(
+                    model, corpus.streams["validation"], accelerator=accelerator
+                )
                 better = at.judge(row["val_loss"])
             rows.append(row)
             log(row)
             bar(row)
-            if checkpoints and (look or stop): checkpoints.save(model, optimizer, at, row, better)
-            if stop: raise Stopped(stop, at.step)
+            if checkpoints and (look or stop):
+                checkpoints.save(model, optimizer, at, row, better)
+            if stop:
+                raise Stopped(stop, at.step)
     return rows
 
 # %% ../nbs/05_train.ipynb #ab5ad4ff
 def random_state() -> dict:
     "The state of every random generator of this process."
     kind, keys, *rest = np.random.get_state()
-    state = dict(python=random.getstate(), numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest), torch=torch.get_rng_state())
+    state = dict(
+        python=random.getstate(),
+        numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        torch=torch.get_rng_state(),
+    )
     return state | (dict(cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {})
+
 
 def set_random_state(state: dict) -> None:
     "Put the generators back to a state of `random_state`."
@@ -530,59 +825,81 @@ def set_random_state(state: dict) -> None:
     random.setstate(state["python"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 # %% ../nbs/05_train.ipynb #9245078d
 class Elsewhere(Exception):
     "Process 0 could not do something, and says what."
 
-def on_main(
-    action: Callable,  # run on process 0 alone
-):  # what it gave, on every process
+
+def on_main(action: Callable):  # run on process 0 alone  # what it gave, on every process
     "Let process 0 do something; if it cannot, no process goes on."
     result, failed = [None, False], None
     if processes().is_main_process:
-        try: result[0] = action()
-        except (InputError, OSError) as error: result[1], failed = True, error
+        try:
+            result[0] = action()
+        except (InputError, OSError) as error:
+            result[1], failed = True, error
     broadcast_object_list(result)
-    if failed: raise failed
-    if result[1]: raise Elsewhere
+    if failed:
+        raise failed
+    if result[1]:
+        raise Elsewhere
     return result[0]
 
 # %% ../nbs/05_train.ipynb #9af259ea
-def unwrapped(
-    optimizer: torch.optim.Optimizer,
-) -> torch.optim.Optimizer:
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     "The optimizer that `accelerate` has wrapped, or the one given if it has not."
     return getattr(optimizer, "optimizer", optimizer)
 
+
 def save_checkpoint(
-    folders: list[tuple[Path, Path | None]],  # where to; and where what stood there goes, if it is kept
+    # where to; and where what stood there goes, if it is kept
+    folders: list[tuple[Path, Path | None]],
     model: Transformer,
     optimizer: torch.optim.Optimizer,
-    info: dict,                               # for `checkpoint.json`
+    info: dict,  # for `checkpoint.json`
 ) -> None:
     "Write a checkpoint whole or not at all. Every process must call it."
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-    weights, memory = get_state_dict(model, unwrapped(optimizer), options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # not the share of one process, and in main memory
+
+    # not the share of one process, and in main memory
+    weights, memory = get_state_dict(
+        model,
+        unwrapped(optimizer),
+        options=StateDictOptions(full_state_dict=True, cpu_offload=True),
+    )
     state = dict(optimizer=memory, random=gather_object([random_state()]))
+
     def write():
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        files = {"model.safetensors": safetensors.torch.save({name: weights[name].contiguous() for name, _ in model.named_parameters()}), "state.pt": buffer.getvalue()}
-        about = json.dumps(info | dict(files={name: digest(content) for name, content in files.items()}), indent=1)
+        files = {
+            "model.safetensors": safetensors.torch.save(
+                {name: weights[name].contiguous() for name, _ in model.named_parameters()}
+            ),
+            "state.pt": buffer.getvalue(),
+        }
+        about = json.dumps(
+            info | dict(files={name: digest(content) for name, content in files.items()}), indent=1
+        )
         for folder, previous in folders:
             with whole_folder(folder, previous) as new:
-                for name, content in (files | {"checkpoint.json": about}).items(): write_whole(new/name, content)
+                for name, content in (files | {"checkpoint.json": about}).items():
+                    write_whole(new / name, content)
+
     on_main(write)
 
 # %% ../nbs/05_train.ipynb #f64b6652
 @dataclass
 class Checkpoint:
     "What `save_checkpoint` has written."
+
     info: dict
     weights: dict[str, torch.Tensor]
     state: dict
+
 
 def read_checkpoint(
     folder: Path,
@@ -590,10 +907,17 @@ def read_checkpoint(
 ) -> Checkpoint:
     "Read a checkpoint, after checking that it is whole."
     try:
-        info = json.loads((folder/"checkpoint.json").read_text())
+        info = json.loads((folder / "checkpoint.json").read_text())
         for name in ("model.safetensors", "state.pt") if state else ("model.safetensors",):
-            check(digest((folder/name).read_bytes()) == info["files"][name], f"{name} is not what was written")
-        return Checkpoint(info, safetensors.torch.load_file(folder/"model.safetensors"), torch.load(folder/"state.pt", weights_only=True) if state else {})
+            check(
+                digest((folder / name).read_bytes()) == info["files"][name],
+                f"{name} is not what was written",
+            )
+        return Checkpoint(
+            info,
+            safetensors.torch.load_file(folder / "model.safetensors"),
+            torch.load(folder / "state.pt", weights_only=True) if state else {},
+        )
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the checkpoint {folder} is missing or damaged ({reason})") from error
@@ -605,8 +929,15 @@ def check_weights(
 ) -> None:
     "Refuse weights of another model."
     wanted = dict(model.named_parameters())
-    wrong = [n for n in wanted.keys() | weights.keys() if n not in wanted or n not in weights or wanted[n].shape != weights[n].shape]
-    check(not wrong, f"the weights are of another model: {sorted(wrong)[0] if wrong else ''} differs")
+    wrong = [
+        n
+        for n in wanted.keys() | weights.keys()
+        if n not in wanted or n not in weights or wanted[n].shape != weights[n].shape
+    ]
+    check(
+        not wrong, f"the weights are of another model: {sorted(wrong)[0] if wrong else ''} differs"
+    )
+
 
 def load_weights(
     model: Transformer,
@@ -615,176 +946,308 @@ def load_weights(
     "Put weights into `model`, which may be spread over processes; or refuse those of another."
     check_weights(model, weights)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True, strict=False))  # a tied matrix has a second name in the model, which would be added to `weights`
 
-def restore(
-    checkpoint: Checkpoint,
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    "Put weights, optimizer and random generators back to what they were. Every process must call it."
+    # a tied matrix has a second name in the model, which would be added to `weights`
+    set_model_state_dict(
+        model, dict(weights), options=StateDictOptions(full_state_dict=True, strict=False)
+    )
+
+
+def restore(checkpoint: Checkpoint, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+    """Put weights, optimizer and random generators back to what they were. Every process must call
+    it.
+    """
     load_weights(model, checkpoint.weights)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-    set_optimizer_state_dict(model, unwrapped(optimizer), checkpoint.state["optimizer"], options=StateDictOptions(full_state_dict=True))
+
+    set_optimizer_state_dict(
+        model,
+        unwrapped(optimizer),
+        checkpoint.state["optimizer"],
+        options=StateDictOptions(full_state_dict=True),
+    )
     here, states = processes(), checkpoint.state["random"]
-    if len(states) == here.num_processes: set_random_state(states[here.process_index])
-    else: say(f"the run had {len(states)} processes and has {here.num_processes} now: it goes on, but dropout draws other numbers")
+    if len(states) == here.num_processes:
+        set_random_state(states[here.process_index])
+    else:
+        say(
+            f"the run had {len(states)} processes and has {here.num_processes} now: it goes on, but"
+            " dropout draws other numbers"
+        )
+
 
 def say(message: str) -> None:
     "Tell whoever is watching, above a progress bar."
-    if processes().is_main_process: tqdm.write(message, file=sys.stderr)
+    if processes().is_main_process:
+        tqdm.write(message, file=sys.stderr)
 
 # %% ../nbs/05_train.ipynb #b9967fe0
-MAY_CHANGE = {"data.data_dir"} | {f"train.{name}" for name in "max_steps micro_batches eval_every patience precision compile skip_non_finite track".split()}
+MAY_CHANGE = {"data.data_dir"} | {
+    f"train.{name}"
+    for name in "max_steps micro_batches eval_every patience precision compile skip_non_finite track".split()
+}
 
-def unchanged(
-    run: Path,
-    old: dict,  # section -> field -> value
-    new: dict,
-) -> None:
-    "Raise `InputError` where a setting that a run keeps for life is another in `new`; one that was not there yet had its default."
+
+def unchanged(run: Path, old: dict, new: dict) -> None:  # section -> field -> value
+    """Raise `InputError` where a setting that a run keeps for life is another in `new`; one that
+    was not there yet had its default.
+    """
     defaults = dict(data=DataConfig(), model=ModelConfig(), train=TrainConfig())
     for section, field in [(s, f) for s in defaults for f in new[s]]:
-        was, value = old.get(section, {}).get(field, getattr(defaults[section], field, None)), new[section][field]
-        check(was == value or f"{section}.{field}" in MAY_CHANGE, f"{run} was begun with {section}.{field} {was}, not {value}: leave it as it was, or start a new run")
+        was, value = (
+            old.get(section, {}).get(field, getattr(defaults[section], field, None)),
+            new[section][field],
+        )
+        check(
+            was == value or f"{section}.{field}" in MAY_CHANGE,
+            f"{run} was begun with {section}.{field} {was}, not {value}: leave it as it was, or"
+            " start a new run",
+        )
 
 # %% ../nbs/05_train.ipynb #705094b4
-START = "start.safetensors"  # in a run that begins from a GPT-2: its weights, so that the run never needs them from elsewhere
+# in a run that begins from a GPT-2: its weights, so that the run never needs them from elsewhere
+START = "start.safetensors"
+
 
 def read_start(run: Path) -> dict[str, torch.Tensor]:
     "The weights that a run began with."
-    try: return safetensors.torch.load_file(run/START)
-    except Exception as error: raise InputError(f"{run/START} is damaged ({' '.join(str(error).split())[:100]}): train anew in another folder") from error
+    try:
+        return safetensors.torch.load_file(run / START)
+    except Exception as error:
+        raise InputError(
+            f"{run / START} is damaged ({' '.join(str(error).split())[:100]}): train anew in another"
+            " folder"
+        ) from error
+
 
 def same_text(
-    one: dict,  # what two checkpoints, or a checkpoint and a corpus, say of their text
-    two: dict,
+    one: dict,
+    two: dict,  # what two checkpoints, or a checkpoint and a corpus, say of their text
 ) -> bool:
     "Whether both have the same tokens: prepared from the same files, or equal one by one."
-    return one["data"] == two["data"] or one.get("tokens") is not None and one["tokens"] == two.get("tokens")
+    return (
+        one["data"] == two["data"]
+        or one.get("tokens") is not None
+        and one["tokens"] == two.get("tokens")
+    )
+
 
 @dataclass
 class Checkpoints:
     "The checkpoints of a run: `last`, `previous` and `best`."
+
     run: Path
     about: dict  # what each of them says of itself: config, data, versions, commit
-    begin: Callable[[], None] = lambda: None  # called once it is sure that training can go on; until then nothing is written
+    # called once it is sure that training can go on; until then nothing is written
+    begin: Callable[[], None] = lambda: None
 
     def newest(self) -> Checkpoint | None:
         "The first of `last`, `previous` and `best` that is whole; None if there is none yet."
         damaged = []
         for name in ("last", "previous", "best"):
-            if not (self.run/name).exists(): continue  # killed between two renames, or deleted
-            try: checkpoint = read_checkpoint(self.run/name)
-            except InputError as error: damaged.append(str(error))
+            if not (self.run / name).exists():
+                continue  # killed between two renames, or deleted
+            try:
+                checkpoint = read_checkpoint(self.run / name)
+            except InputError as error:
+                damaged.append(str(error))
             else:
-                if damaged or name == "best": say("; ".join([*damaged, f"going on from {name}, step {checkpoint.info['step']}"]))
+                if damaged or name == "best":
+                    say(
+                        "; ".join(
+                            [*damaged, f"going on from {name}, step {checkpoint.info['step']}"]
+                        )
+                    )
                 return checkpoint
-        check(not damaged, f"{'; '.join(damaged)}; there is no other to go on from: train anew in another folder")
+        check(
+            not damaged,
+            f"{'; '.join(damaged)}; there is no other to go on from: train anew in another folder",
+        )
 
     def load(self, model: Transformer, optimizer: torch.optim.Optimizer) -> Progress:
-        "Go to where the newest checkpoint was written; without one, to the weights that the run began with, if they were given, or stay at the start."
+        """Go to where the newest checkpoint was written; without one, to the weights that the run
+        began with, if they were given, or stay at the start.
+        """
         checkpoint = self.newest()
         at = Progress(**checkpoint.info["progress"]) if checkpoint else Progress()
         if checkpoint:
-            check(same_text(checkpoint.info, self.about), f"the checkpoint in {self.run} was trained on other data or with another tokenizer: give those it was trained on, or start a new run")
+            check(
+                same_text(checkpoint.info, self.about),
+                f"the checkpoint in {self.run} was trained on other data or with another tokenizer:"
+                " give those it was trained on, or start a new run",
+            )
             unchanged(self.run, checkpoint.info["config"], self.about["config"])
             most = self.about["config"]["train"]["max_steps"]
-            check(at.step <= most, f"{self.run} has {at.step} steps already, and train.max_steps is {most}: give {at.step} or more")
+            check(
+                at.step <= most,
+                f"{self.run} has {at.step} steps already, and train.max_steps is {most}: give"
+                f" {at.step} or more",
+            )
             restore(checkpoint, model, optimizer)
-        elif (self.run/START).exists(): load_weights(model, read_start(self.run))
+        elif (self.run / START).exists():
+            load_weights(model, read_start(self.run))
         self.begin()
         return at
 
-    def save(self, model: Transformer, optimizer: torch.optim.Optimizer, at: Progress, row: dict, better: bool) -> None:
+    def save(
+        self,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        at: Progress,
+        row: dict,
+        better: bool,
+    ) -> None:
         "Write `last`, after moving the one there to `previous`, and `best` if it is better."
-        folders = [(self.run/"best", None)] if better else []
+        folders = [(self.run / "best", None)] if better else []
         info = self.about | dict(step=at.step, epoch=row["epoch"], progress=asdict(at), metrics=row)
-        save_checkpoint([*folders, (self.run/"last", self.run/"previous")], model, optimizer, info)
+        save_checkpoint(
+            [*folders, (self.run / "last", self.run / "previous")], model, optimizer, info
+        )
 
 # %% ../nbs/05_train.ipynb #f23078dc
 def installed_version(package: str) -> str | None:
     "The version of an installed package; None where it is missing."
-    try: return version(package)
-    except PackageNotFoundError: return None
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
 
 def processor() -> dict[str, str]:
     "The name of this machine's processor, and the instructions that PyTorch's kernels use on it."
     info = Path("/proc/cpuinfo")
-    found = dict(re.findall(r"(?m)^(model name|cpu family|model)\s*:\s*(.+)$", info.read_text())) if info.exists() else {}
-    name = f"{found['model name']} (family {found['cpu family']}, model {found['model']})" if len(found) == 3 else platform.processor() or platform.machine()
+    found = (
+        dict(re.findall(r"(?m)^(model name|cpu family|model)\s*:\s*(.+)$", info.read_text()))
+        if info.exists()
+        else {}
+    )
+    name = (
+        f"{found['model name']} (family {found['cpu family']}, model {found['model']})"
+        if len(found) == 3
+        else platform.processor() or platform.machine()
+    )
     return dict(processor=name, instructions=torch.backends.cpu.get_cpu_capability())
 
-def environment(
-    accelerator: Accelerator,
-) -> dict:
+
+def environment(accelerator: Accelerator) -> dict:
     "Where and with what this process trains."
     packages = "torch accelerate tokenizers datasets transformers safetensors numpy".split()
-    return dict(started=datetime.now(timezone.utc).isoformat(timespec="seconds"), command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), python=platform.python_version(), platform=f"{platform.system()} {platform.machine()}",
-                versions=dict(tinytransformer=__version__, **{name: installed_version(name) for name in packages}), commit=git_commit(), processes=accelerator.num_processes,
-                device=torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"{accelerator.device.type}, {os.cpu_count()} cores", threads=torch.get_num_threads(), **processor(),
-                precision="bf16" if accelerator.mixed_precision == "bf16" else "fp32")
+    return dict(
+        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        versions=dict(
+            tinytransformer=__version__, **{name: installed_version(name) for name in packages}
+        ),
+        commit=git_commit(),
+        processes=accelerator.num_processes,
+        device=(
+            torch.cuda.get_device_name()
+            if accelerator.device.type == "cuda"
+            else f"{accelerator.device.type}, {os.cpu_count()} cores"
+        ),
+        threads=torch.get_num_threads(),
+        **processor(),
+        precision="bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+    )
+
 
 def git_commit() -> str | None:
     "The commit of this code, with `-dirty` if it has changed since; None where there is no git."
-    try: return subprocess.run("git describe --always --dirty --abbrev=40 --exclude=*".split(), cwd=CONFIGS, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError): return None
+    try:
+        return subprocess.run(
+            "git describe --always --dirty --abbrev=40 --exclude=*".split(),
+            cwd=CONFIGS,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 # %% ../nbs/05_train.ipynb #7aea5129
-def read_rows(
-    path: Path,  # of JSON lines
-) -> list[dict]:
+def read_rows(path: Path) -> list[dict]:  # of JSON lines
     "The rows of a file of JSON lines; a line that is none is left out."
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try: row = json.loads(line)
-        except ValueError: continue
-        if isinstance(row, dict) and "step" in row: rows.append(row)
+    for line in (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    ):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
     return rows
 
-def read_json(
-    path: Path,
-    kind: type = dict,  # or list
-):  # an empty one where there is no file
+
+def read_json(path: Path, kind: type = dict):  # or list  # an empty one where there is no file
     "What a file of JSON holds."
-    if not path.exists(): return kind()
-    try: found = json.loads(path.read_text())
-    except ValueError: found = None
+    if not path.exists():
+        return kind()
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
     check(isinstance(found, kind), f"{path} is damaged: delete it, then run the same command again")
     return found
 
+
 class JsonLines:
     "A file that gets a row at a time, each written out at once."
-    def __init__(self, path: Path): self.path, self.file = path, None
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, None
 
     def add(self, row: dict) -> None:
         "Write one row; a number that is not finite becomes null, since JSON knows none."
         if self.file is None:
-            rows = [old for old in read_rows(self.path) if old["step"] < row["step"]]  # the others are of a process that was killed
+            # the others are of a process that was killed
+            rows = [old for old in read_rows(self.path) if old["step"] < row["step"]]
             write_whole(self.path, "".join(json.dumps(old) + "\n" for old in rows))
             self.file = self.path.open("a", encoding="utf-8")
-        self.file.write(json.dumps({name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}) + "\n")
+        self.file.write(
+            json.dumps(
+                {
+                    name: None if isinstance(value, float) and not math.isfinite(value) else value
+                    for name, value in row.items()
+                }
+            )
+            + "\n"
+        )
         self.file.flush()
 
     def close(self) -> None:
         "Let go of the file."
-        if self.file: self.file.close()
+        if self.file:
+            self.file.close()
 
 # %% ../nbs/05_train.ipynb #8f05481e
 def plot_metrics(
-    rows: list[dict],             # of fit
-    floor: float | None = None,   # entropy of the validation split, if it is known
-    sliding: float | None = None, # validation loss with sliding windows at the end, if it was measured
+    rows: list[dict],  # of fit
+    floor: float | None = None,  # entropy of the validation split, if it is known
+    # validation loss with sliding windows at the end, if it was measured
+    sliding: float | None = None,
 ):  # a matplotlib figure
     "Loss and learning rate against the step, with the floor where it is known."
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     loss, lr = figure.subplots(1, 2, width_ratios=[2, 1])
-    loss.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=0.7, alpha=0.6, label="training batch")
+    loss.plot(
+        [r["step"] for r in rows],
+        [r["loss"] for r in rows],
+        lw=0.7,
+        alpha=0.6,
+        label="training batch",
+    )
     looks = [r for r in rows if "val_loss" in r]
     loss.plot([r["step"] for r in looks], [r["val_loss"] for r in looks], "o-", label="validation")
-    if sliding: loss.plot(looks[-1]["step"], sliding, "D", label=f"with sliding windows {sliding:.3f}")
-    if floor: loss.axhline(floor, color="black", ls="--", label=f"entropy floor {floor:.3f}")
+    if sliding:
+        loss.plot(looks[-1]["step"], sliding, "D", label=f"with sliding windows {sliding:.3f}")
+    if floor:
+        loss.axhline(floor, color="black", ls="--", label=f"entropy floor {floor:.3f}")
     loss.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
     loss.legend()
     lr.plot([r["step"] for r in rows], [r["learning_rate"] for r in rows])
@@ -793,81 +1256,136 @@ def plot_metrics(
 
 # %% ../nbs/05_train.ipynb #abed5c0d
 def live_curve(
-    floor: float | None = None,   # entropy of the validation split, if it is known
-    every: float = 2.0,           # seconds between two pictures
-) -> Callable[[dict], None]:      # to be given to fit or train_run as log
+    floor: float | None = None,  # entropy of the validation split, if it is known
+    every: float = 2.0,  # seconds between two pictures
+) -> Callable[[dict], None]:  # to be given to fit or train_run as log
     "Show the curves of a training under way, and draw them again as rows arrive."
     from IPython.display import display
     from matplotlib.figure import Figure
+
     rows, handle, drawn = [], display(Figure(figsize=(8, 3.2)), display_id=True), 0.0
+
     def log(row):
         nonlocal drawn
         rows.append(row)
         if time.monotonic() - drawn > every or "val_loss" in row:
             handle.update(plot_metrics(rows, floor))
             drawn = time.monotonic()
+
     return log
 
 # %% ../nbs/05_train.ipynb #28fb90ac
 class Trackers:
-    "The trackers of `train.track`, on process 0; one that fails is told about once and then left alone."
-    def __init__(self,
+    """The trackers of `train.track`, on process 0; one that fails is told about once and then left
+    alone.
+    """
+
+    def __init__(
+        self,
         names: str | None,  # tensorboard, mlflow, or both with a comma between
         run: Path,
-        config: dict,       # section -> field -> value
+        config: dict,  # section -> field -> value
     ):
         self.run, self.using, self.started = run, {}, False
-        self.config = {f"{section}.{field}": value if isinstance(value, bool | int | float) else str(value) for section, fields in config.items() for field, value in fields.items()}
+        self.config = {
+            f"{section}.{field}": value if isinstance(value, bool | int | float) else str(value)
+            for section, fields in config.items()
+            for field, value in fields.items()
+        }
         for name in names.split(",") if names else []:
-            check(find_spec(name), f"train.track is {names!r}, but the package {name} is not installed: pip install 'tinytransformer[track]'")
-            if processes().is_main_process: self.using[name] = None  # to be started
+            check(
+                find_spec(name),
+                f"train.track is {names!r}, but the package {name} is not installed: pip install"
+                " 'tinytransformer[track]'",
+            )
+            if processes().is_main_process:
+                self.using[name] = None  # to be started
         if "mlflow" in self.using:  # give up after seconds, not minutes
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
     def start(self, name: str, step: int) -> None:
         "Open the tracker at a step; a run that goes on is the same run to it."
-        kept = self.run/"mlflow.json"
+        kept = self.run / "mlflow.json"
         known = name == "mlflow" and "run_id" in (before := read_json(kept))
-        if name == "tensorboard": tracker = TensorBoardTracker("tensorboard", self.run, purge_step=step)
-        else: tracker = MLflowTracker("tinytransformer", run_name=self.run.name, run_id=before["run_id"] if known else None)
+        if name == "tensorboard":
+            tracker = TensorBoardTracker("tensorboard", self.run, purge_step=step)
+        else:
+            tracker = MLflowTracker(
+                "tinytransformer",
+                run_name=self.run.name,
+                run_id=before["run_id"] if known else None,
+            )
         tracker.start()
-        if not known: tracker.store_init_configuration(self.config)  # MLflow never lets a setting change; config.yaml, kept at the end, is that of the last start
-        if name == "mlflow": write_whole(kept, json.dumps(dict(run_id=tracker.tracker.info.run_id)))
+        # MLflow never lets a setting change; config.yaml, kept at the end, is that of the last
+        # start
+        if not known:
+            tracker.store_init_configuration(self.config)
+        if name == "mlflow":
+            write_whole(kept, json.dumps(dict(run_id=tracker.tracker.info.run_id)))
         self.using[name] = tracker
 
     def each(self, action: Callable) -> None:  # gets name and tracker
         "Do something with every tracker that still works."
         for name, tracker in list(self.using.items()):
-            try: action(name, tracker)
+            try:
+                action(name, tracker)
             except Exception as error:
-                say(f"{name} does not answer ({' '.join(str(error).split())[:200]}): training goes on without it, and everything is kept in {self.run}")
+                say(
+                    f"{name} does not answer ({' '.join(str(error).split())[:200]}): training goes"
+                    f" on without it, and everything is kept in {self.run}"
+                )
                 del self.using[name]
 
     def log(self, row: dict) -> None:
         "The numbers of one step; with the first of them the trackers are opened."
-        if not self.started: self.each(lambda name, _: self.start(name, row["step"]))
+        if not self.started:
+            self.each(lambda name, _: self.start(name, row["step"]))
         self.started = True
-        self.each(lambda name, tracker: tracker.log({field: value for field, value in row.items() if field != "step"}, step=row["step"]))
+        self.each(
+            lambda name, tracker: tracker.log(
+                {field: value for field, value in row.items() if field != "step"}, step=row["step"]
+            )
+        )
 
     def sample(self, text: str, step: int) -> None:
         "What the model wrote."
+
         def show(name, tracker):
-            if name == "tensorboard": return tracker.log(dict(sample=text), step=step)
+            if name == "tensorboard":
+                return tracker.log(dict(sample=text), step=step)
             import mlflow
+
             mlflow.log_text(text, f"samples/step-{step:06}.txt")
+
         self.each(show)
 
     def finish(self, step: int) -> None:
         "The curve, the samples and the best model; then close."
+
         def keep(name, tracker):
             if name == "tensorboard":
                 from matplotlib.image import imread
-                tracker.log_images(dict(curve=imread(self.run/"curve.png")[None, ..., :3]), step=step, dataformats="NHWC")
+
+                tracker.log_images(
+                    dict(curve=imread(self.run / "curve.png")[None, ..., :3]),
+                    step=step,
+                    dataformats="NHWC",
+                )
             else:
-                for file in ("config.yaml", "environment.json", "tokenizer.json", "metrics.jsonl", "samples.jsonl", "curve.png", "summary.json"):
-                    if (self.run/file).exists(): tracker.log_artifact(str(self.run/file))
-                tracker.log_artifacts(str(self.run/"best"), "model")
+                for file in (
+                    "config.yaml",
+                    "environment.json",
+                    "tokenizer.json",
+                    "metrics.jsonl",
+                    "samples.jsonl",
+                    "curve.png",
+                    "summary.json",
+                ):
+                    if (self.run / file).exists():
+                        tracker.log_artifact(str(self.run / file))
+                tracker.log_artifacts(str(self.run / "best"), "model")
+
         self.each(keep)
         self.close()
 
@@ -878,90 +1396,136 @@ class Trackers:
 
 # %% ../nbs/05_train.ipynb #da2860e0
 @contextmanager
-def run_lock(
-    run: Path,
-) -> Iterator[None]:
+def run_lock(run: Path) -> Iterator[None]:
     "Held by the one training that writes in the folder `run`."
     run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run/".lock")
-    def acquire():
-        try: lock.acquire(blocking=False)
-        except Timeout: raise InputError(f"{run} is being written by another process: wait for it, or choose another folder") from None
-    on_main(acquire)
-    try: yield
-    finally: lock.release()
+    lock = FileLock(run / ".lock")
 
-def refuse(
-    run: Path,
-    config: dict,  # section -> field -> value
-    resume: bool,
-) -> None:
+    def acquire():
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise InputError(
+                f"{run} is being written by another process: wait for it, or choose another folder"
+            ) from None
+
+    on_main(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def refuse(run: Path, config: dict, resume: bool) -> None:  # section -> field -> value
     "Raise `InputError` for a folder that this training must not write to."
-    begun = (run/"config.yaml").is_file()
+    begun = (run / "config.yaml").is_file()
     if not resume:
-        check(not begun, f"{run} holds a run already: go on with it by `tinytransformer train --resume {run}`, or choose another folder")
-        check(not run.exists() or not [f for f in run.iterdir() if f.name != ".lock"], f"{run} holds something already: choose another folder, or delete it")
+        check(
+            not begun,
+            f"{run} holds a run already: go on with it by `tinytransformer train --resume {run}`,"
+            " or choose another folder",
+        )
+        check(
+            not run.exists() or not [f for f in run.iterdir() if f.name != ".lock"],
+            f"{run} holds something already: choose another folder, or delete it",
+        )
         return
     check(begun, f"there is nothing to resume in {run}: it holds no config.yaml")
-    old = read_config(run/"config.yaml")
+    old = read_config(run / "config.yaml")
     unchanged(run, old, config)
-    done = read_json(run/"summary.json").get("steps")
-    if done is None: return
+    done = read_json(run / "summary.json").get("steps")
+    if done is None:
+        return
     early, new = done < old["train"]["max_steps"], config["train"]  # early: patience ended it
-    check(new["max_steps"] > done and not (early and new["patience"] == old["train"]["patience"]),
-          f"{run} is complete after {done} steps, nothing is left to do: to go on, give a larger --train.max_steps" + (", and a larger --train.patience, which ended it" if early else ""))
-
-
+    check(
+        new["max_steps"] > done and not (early and new["patience"] == old["train"]["patience"]),
+        f"{run} is complete after {done} steps, nothing is left to do: to go on, give a larger"
+        " --train.max_steps" + (", and a larger --train.patience, which ended it" if early else ""),
+    )
 
 # %% ../nbs/05_train.ipynb #d0ef3380
 @contextmanager
-def explained(
-    run: Path,
-) -> Iterator[None]:
+def explained(run: Path) -> Iterator[None]:
     "Say in one line what ended a training, and how to go on."
     again = f"`tinytransformer train --resume {shlex.quote(str(run))}`"
-    try: yield
+    try:
+        yield
     except Diverged as error:
-        last = run/"last/checkpoint.json"
-        kept = f"the last good checkpoint is that of step {read_json(last).get('step')}: to go on from it, add --train.skip_non_finite true to {again}; a lower rate is for a new run" if last.exists() else "there is no checkpoint before it"
+        last = run / "last/checkpoint.json"
+        kept = (
+            f"the last good checkpoint is that of step {read_json(last).get('step')}: to go on from"
+            f" it, add --train.skip_non_finite true to {again}; a lower rate is for a new run"
+            if last.exists()
+            else "there is no checkpoint before it"
+        )
         raise InputError(f"{error}; {kept}") from error
     except OSError as error:
-        if not is_write_error(error, run): raise
-        way_out = f"put that right, then go on by {again}" if (run/"config.yaml").is_file() else "choose another folder"
-        raise InputError(f"{run} cannot be written ({error.strerror or error}): {way_out}") from error
+        if not is_write_error(error, run):
+            raise
+        way_out = (
+            f"put that right, then go on by {again}"
+            if (run / "config.yaml").is_file()
+            else "choose another folder"
+        )
+        raise InputError(
+            f"{run} cannot be written ({error.strerror or error}): {way_out}"
+        ) from error
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"torch.compile does not work here ({reason}): go on by {again[:-1]} --train.compile false`") from error
+        raise InputError(
+            f"torch.compile does not work here ({reason}): go on by {again[:-1]} --train.compile"
+            " false`"
+        ) from error
     except RuntimeError as error:
-        if processes().num_processes == 1 or not re.search("gloo|NCCL|[Cc]onnection", str(error)): raise
-        raise InputError(f"another process of this training has ended, and this one cannot go on without it: see what it said, then go on by {again}") from error
+        if processes().num_processes == 1 or not re.search("gloo|NCCL|[Cc]onnection", str(error)):
+            raise
+        raise InputError(
+            "another process of this training has ended, and this one cannot go on without it: see"
+            f" what it said, then go on by {again}"
+        ) from error
 
 # %% ../nbs/05_train.ipynb #82f29ad4
 def summary(
     corpus: Corpus,
-    steps: int,        # done
-    best: dict,        # the row of the best look at the validation split
+    steps: int,  # done
+    best: dict,  # the row of the best look at the validation split
 ) -> dict:
-    "What a run came to: its lowest validation loss, what that means per token, word and byte, and the floor."
-    return dict(steps=steps, best_step=best["step"], val_loss=best["val_loss"], **perplexities(best["val_loss"], corpus.about["validation"]),
-                floor=corpus.floor("validation"), data=corpus.fingerprint)
+    """What a run came to: its lowest validation loss, what that means per token, word and byte, and
+    the floor.
+    """
+    return dict(
+        steps=steps,
+        best_step=best["step"],
+        val_loss=best["val_loss"],
+        **perplexities(best["val_loss"], corpus.about["validation"]),
+        floor=corpus.floor("validation"),
+        data=corpus.fingerprint,
+    )
 
-EXCESS, RECALL = 0.03, 0.98  # what each training of the recipe `tiny` keeps to: nats above the floor at most, and share of facts at least
 
-def near_floor(
-    summary: dict,  # with the entries of `compare_with_floor`
-) -> bool:
+# what each training of the recipe `tiny` keeps to: nats above the floor at most, and share of facts
+# at least
+EXCESS, RECALL = 0.03, 0.98
+
+
+def near_floor(summary: dict) -> bool:  # with the entries of `compare_with_floor`
     "Whether a model of TinyWiki has learned nearly all there is to learn."
     return summary["sliding_loss"] <= summary["floor"] + EXCESS and summary["fact_recall"] >= RECALL
 
+
 def compare_with_floor(
-    model: Transformer,
-    corpus: Corpus,
+    model: Transformer, corpus: Corpus
 ) -> dict:  # empty where the floor isn't known
-    "The validation loss with sliding windows, in which nearly every token has most of its article before it, and the share of facts that are recalled."
-    if corpus.floor("validation") is None: return {}
+    """The validation loss with sliding windows, in which nearly every token has most of its article
+    before it, and the share of facts that are recalled.
+    """
+    if corpus.floor("validation") is None:
+        return {}
     stride = max(1, min(model.cfg.seq_len, len(corpus.streams["validation"]) - 1) // 4)
-    return dict(sliding_loss=evaluate(model, corpus.streams["validation"], stride=stride), fact_recall=fact_recall(model, corpus))
+    return dict(
+        sliding_loss=evaluate(model, corpus.streams["validation"], stride=stride),
+        fact_recall=fact_recall(model, corpus),
+    )
 
 # %% ../nbs/05_train.ipynb #6a4a19a3
 def train_run(
@@ -970,36 +1534,63 @@ def train_run(
     model: ModelConfig,
     train: TrainConfig,
     resume: bool = False,  # go on with the run in the folder
-    log: Callable[[dict], None] = lambda row: None,         # gets the row of each step
-    write: Callable[[Transformer], str] = lambda model: "",  # gives a text at each look at the validation split
-    sections: dict[str, object] | None = None,  # further dataclasses to keep in the run's configuration, by the name of their section
+    log: Callable[[dict], None] = lambda row: None,  # gets the row of each step
+    # gives a text at each look at the validation split
+    write: Callable[[Transformer], str] = lambda model: "",
+    # further dataclasses to keep in the run's configuration, by the name of their section
+    sections: dict[str, object] | None = None,
 ):  # its `Run`
     "Prepare, train, and keep everything about it in the folder `run`."
-    if model.from_hf: data, model = begun_from(data, model, run if resume else None)
+    if model.from_hf:
+        data, model = begun_from(data, model, run if resume else None)
     corpus = prepare(data)
     model = replace(model, vocab_size=model.vocab_size or corpus.vocab_size)
-    check(model.vocab_size == corpus.vocab_size, f"model.vocab_size is {model.vocab_size}, but the tokenizer has {corpus.vocab_size} tokens: leave it out")
-    config = {section: asdict(values) for section, values in dict(data=data, model=model, train=train, **(sections or {})).items()}
+    check(
+        model.vocab_size == corpus.vocab_size,
+        f"model.vocab_size is {model.vocab_size}, but the tokenizer has {corpus.vocab_size} tokens:"
+        " leave it out",
+    )
+    config = {
+        section: asdict(values)
+        for section, values in dict(data=data, model=model, train=train, **(sections or {})).items()
+    }
     accelerator = make_accelerator(train)
-    check(len(corpus.streams["validation"]) > 1, "the validation split has a single token: choose a longer text")
-    next(batches(Blocks(corpus.streams["train"], model.seq_len), train.batch_size, train.seed))  # a text too short is refused before anything is written
+    check(
+        len(corpus.streams["validation"]) > 1,
+        "the validation split has a single token: choose a longer text",
+    )
+    # a text too short is refused before anything is written
+    next(batches(Blocks(corpus.streams["train"], model.seq_len), train.batch_size, train.seed))
     trackers = Trackers(train.track, run, config)
     on_main(lambda: refuse(run, config, resume))
     set_seed(train.seed)
     net = Transformer(model)  # before anything is written, should the memory not suffice
     given = first_weights(model) if model.from_hf and not resume else None
-    if given: load_weights(net, given)
+    if given:
+        load_weights(net, given)
     with explained(run), run_lock(run):
-        on_main(lambda: refuse(run, config, resume))  # once more, now that nobody else can change it
+        # once more, now that nobody else can change it
+        on_main(lambda: refuse(run, config, resume))
         here = environment(accelerator)
         set_seed(train.seed, device_specific=True)  # other dropout on each process
-        about = dict(config=config, data=corpus.fingerprint, tokens=corpus.content, versions=here["versions"], commit=here["commit"])
-        checkpoints = Checkpoints(run, about, lambda: on_main(lambda: begin(run, config, corpus, here, given)))
-        files = {name: JsonLines(run/f"{name}.jsonl") for name in ("metrics", "samples")}
+        about = dict(
+            config=config,
+            data=corpus.fingerprint,
+            tokens=corpus.content,
+            versions=here["versions"],
+            commit=here["commit"],
+        )
+        checkpoints = Checkpoints(
+            run, about, lambda: on_main(lambda: begin(run, config, corpus, here, given))
+        )
+        files = {name: JsonLines(run / f"{name}.jsonl") for name in ("metrics", "samples")}
+
         def keep(row):
             look = math.isfinite(row.get("val_loss", math.nan))
-            whole = whole_model(net, accelerator) if look else None  # every process must give its part
-            if not accelerator.is_main_process: return
+            # every process must give its part
+            whole = whole_model(net, accelerator) if look else None
+            if not accelerator.is_main_process:
+                return
             text = write(whole) if look else None
             files["metrics"].add(row)
             trackers.log(row)
@@ -1007,76 +1598,146 @@ def train_run(
                 files["samples"].add(dict(step=row["step"], text=text))
                 trackers.sample(text, row["step"])
             log(row)
+
         try:
             fit(net, corpus, train, keep, accelerator, checkpoints)
             on_main(lambda: finish(run, corpus, trackers))
         finally:
-            for file in files.values(): file.close()
+            for file in files.values():
+                file.close()
             trackers.close()
     return load_run(run)
 
+
 def begun_from(
     data: DataConfig,
-    model: ModelConfig,          # with a `from_hf`
-    run: Path | None = None,     # to be resumed: it knows all this by itself
-    typed: Collection[str] = (), # settings that must be what they are, such as `model.embed_dim`
+    model: ModelConfig,  # with a `from_hf`
+    run: Path | None = None,  # to be resumed: it knows all this by itself
+    typed: Collection[str] = (),  # settings that must be what they are, such as `model.embed_dim`
 ) -> tuple[DataConfig, ModelConfig]:
-    "The settings of a training that begins from a GPT-2, which brings its shape, but for a context that may be shorter, and its tokenizer."
+    """The settings of a training that begins from a GPT-2, which brings its shape, but for a
+    context that may be shorter, and its tokenizer.
+    """
     if run:
-        config = read_config(run/"config.yaml")
-        kept, theirs = make_config(DataConfig, "data", config.get("data", {})), make_config(ModelConfig, "model", config.get("model", {}))
+        config = read_config(run / "config.yaml")
+        kept, theirs = (
+            make_config(DataConfig, "data", config.get("data", {})),
+            make_config(ModelConfig, "model", config.get("model", {})),
+        )
         tokenizer = kept.tokenizer
     else:
         folder = hf_folder(model.from_hf)
-        theirs, tokenizer = hf_shape(folder), str(folder.resolve()) if os.path.isdir(os.path.expanduser(model.from_hf)) else model.from_hf
-        check((folder/"tokenizer.json").is_file(), f"{model.from_hf} holds no tokenizer.json, and its weights mean nothing without their tokenizer: save it there with its save_pretrained")
-        check(model.seq_len <= theirs.seq_len, f"model.seq_len is {model.seq_len}, but {model.from_hf} has a context of {theirs.seq_len}: give at most that")
-    brought = dict(data=replace(data, tokenizer=tokenizer, vocab_size=theirs.vocab_size), model=replace(theirs, from_hf=model.from_hf, **{name: getattr(model, name) for name in ("seq_len", "dropout", "attention_dropout", "embedding_dropout")}))
-    for (section, field), before in {tuple(name.split(".")): dict(data=data, model=model) for name in typed}.items():
+        theirs, tokenizer = (
+            hf_shape(folder),
+            (
+                str(folder.resolve())
+                if os.path.isdir(os.path.expanduser(model.from_hf))
+                else model.from_hf
+            ),
+        )
+        check(
+            (folder / "tokenizer.json").is_file(),
+            f"{model.from_hf} holds no tokenizer.json, and its weights mean nothing without their"
+            " tokenizer: save it there with its save_pretrained",
+        )
+        check(
+            model.seq_len <= theirs.seq_len,
+            f"model.seq_len is {model.seq_len}, but {model.from_hf} has a context of"
+            f" {theirs.seq_len}: give at most that",
+        )
+    brought = dict(
+        data=replace(data, tokenizer=tokenizer, vocab_size=theirs.vocab_size),
+        model=replace(
+            theirs,
+            from_hf=model.from_hf,
+            **{
+                name: getattr(model, name)
+                for name in ("seq_len", "dropout", "attention_dropout", "embedding_dropout")
+            },
+        ),
+    )
+    for (section, field), before in {
+        tuple(name.split(".")): dict(data=data, model=model) for name in typed
+    }.items():
         mine, value = getattr(before[section], field), getattr(brought[section], field)
-        check(mine == value, f"{section}.{field} is {mine}, but model.from_hf {model.from_hf} brings {value}: leave it out")
+        check(
+            mine == value,
+            f"{section}.{field} is {mine}, but model.from_hf {model.from_hf} brings {value}: leave"
+            " it out",
+        )
     return brought["data"], brought["model"]
 
-def first_weights(
-    model: ModelConfig,  # with a `from_hf`
-) -> dict[str, torch.Tensor]:
+
+def first_weights(model: ModelConfig) -> dict[str, torch.Tensor]:  # with a `from_hf`
     "The weights to begin with: those of a GPT-2, with as many of its positions as are asked for."
-    weights = {name: weight.detach() for name, weight in Transformer.from_hf(model.from_hf).named_parameters()}
-    return weights | {"embeddings.position.weight": weights["embeddings.position.weight"][:model.seq_len].contiguous()}
+    weights = {
+        name: weight.detach()
+        for name, weight in Transformer.from_hf(model.from_hf).named_parameters()
+    }
+    return weights | {
+        "embeddings.position.weight": (
+            weights["embeddings.position.weight"][: model.seq_len].contiguous()
+        )
+    }
+
 
 def whole_model(model: Transformer, accelerator: Accelerator) -> Transformer:
-    "The model; where its weights are spread over processes a copy that has them all, on the first of them."
-    if not accelerator.is_fsdp2: return model
+    """The model; where its weights are spread over processes a copy that has them all, on the first
+    of them.
+    """
+    if not accelerator.is_fsdp2:
+        return model
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    with torch.random.fork_rng(): copied = Transformer(model.cfg)  # its first weights are drawn, and must not change what dropout draws
-    if weights: load_weights(copied, {name: weights[name] for name, _ in copied.named_parameters()})
+
+    weights = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    # its first weights are drawn, and must not change what dropout draws
+    with torch.random.fork_rng():
+        copied = Transformer(model.cfg)
+    if weights:
+        load_weights(copied, {name: weights[name] for name, _ in copied.named_parameters()})
     return copied.eval()
 
-def begin(run: Path, config: dict, corpus: Corpus, where: dict, given: dict[str, torch.Tensor] | None) -> None:
+
+def begin(
+    run: Path, config: dict, corpus: Corpus, where: dict, given: dict[str, torch.Tensor] | None
+) -> None:
     "Write what is known before the first step."
-    if given: write_whole(run/START, safetensors.torch.save(given))
-    starts = read_json(run/"environment.json", list)
-    write_whole(run/"environment.json", json.dumps([*starts, where], indent=1))
-    write_whole(run/"tokenizer.json", corpus.tokenizer.to_str(pretty=True))
-    (run/"summary.json").unlink(missing_ok=True)  # of a run that was complete, and is to go on for longer
-    write_whole(run/"config.yaml", yaml.safe_dump(config, sort_keys=False))
+    if given:
+        write_whole(run / START, safetensors.torch.save(given))
+    starts = read_json(run / "environment.json", list)
+    write_whole(run / "environment.json", json.dumps([*starts, where], indent=1))
+    write_whole(run / "tokenizer.json", corpus.tokenizer.to_str(pretty=True))
+    # of a run that was complete, and is to go on for longer
+    (run / "summary.json").unlink(missing_ok=True)
+    write_whole(run / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
 
 def finish(run: Path, corpus: Corpus, trackers: Trackers) -> None:
     "Write what is known after the last step."
-    check((run/"best").is_dir(), "no look at the validation split found a finite loss: lower train.learning_rate and train anew")
-    last, best = (read_checkpoint(run/name, state=False).info["metrics"] for name in ("last", "best"))
+    check(
+        (run / "best").is_dir(),
+        "no look at the validation split found a finite loss: lower train.learning_rate and train"
+        " anew",
+    )
+    last, best = (
+        read_checkpoint(run / name, state=False).info["metrics"] for name in ("last", "best")
+    )
     found = summary(corpus, last["step"], best) | compare_with_floor(load_run(run).model, corpus)
     picture = io.BytesIO()
-    plot_metrics(read_rows(run/"metrics.jsonl"), found["floor"], found.get("sliding_loss")).savefig(picture, dpi=120, bbox_inches="tight")
-    write_whole(run/"curve.png", picture.getvalue())
-    write_whole(run/"summary.json", json.dumps(found, indent=1))
+    plot_metrics(
+        read_rows(run / "metrics.jsonl"), found["floor"], found.get("sliding_loss")
+    ).savefig(picture, dpi=120, bbox_inches="tight")
+    write_whole(run / "curve.png", picture.getvalue())
+    write_whole(run / "summary.json", json.dumps(found, indent=1))
     trackers.finish(last["step"])
 
 # %% ../nbs/05_train.ipynb #b8727c4a
 @dataclass
 class Run:
     "A trained model with all it needs to be used."
+
     folder: Path
     config: dict[str, dict]
     model: Transformer
@@ -1084,34 +1745,56 @@ class Run:
     checkpoint: dict  # what `checkpoint.json` says: step, metrics, data, versions
 
     @property
-    def val_loss(self) -> float | None: return self.checkpoint["metrics"].get("val_loss")  # None before the first look
+    # None before the first look
+    def val_loss(self) -> float | None:
+        return self.checkpoint["metrics"].get("val_loss")
 
-TRAINED_FOLDER = CONFIGS.parent/"trained"
-TRAINED = {folder.name: folder for folder in sorted(TRAINED_FOLDER.glob("*"))}  # runs that come with the package
+
+TRAINED_FOLDER = CONFIGS.parent / "trained"
+# runs that come with the package
+TRAINED = {folder.name: folder for folder in sorted(TRAINED_FOLDER.glob("*"))}
+
 
 def load_run(
-    folder: str | Path,        # of a run, or `tiny`, the run that comes with the package
+    folder: str | Path,  # of a run, or `tiny`, the run that comes with the package
     checkpoint: str = "best",  # or last, which also stands in as long as there is no best
 ) -> Run:
     "Open a run folder."
     folder = Path(folder)
-    if not folder.is_dir(): folder = TRAINED.get(str(folder), folder)
-    check((folder/"config.yaml").is_file(), f"{folder} is no run folder: there is no config.yaml in it")
-    config = read_config(folder/"config.yaml")
+    if not folder.is_dir():
+        folder = TRAINED.get(str(folder), folder)
+    check(
+        (folder / "config.yaml").is_file(),
+        f"{folder} is no run folder: there is no config.yaml in it",
+    )
+    config = read_config(folder / "config.yaml")
     try:
         for section, cls in dict(data=DataConfig, model=ModelConfig, train=TrainConfig).items():
             check(section in config, f"there is no section {section}")
             make_config(cls, section, config[section])
         model = Transformer(ModelConfig(**config["model"]))
-    except InputError as error: raise InputError(f"{folder/'config.yaml'}: {error}") from error
-    found = [name for name in (checkpoint, "last") if (folder/name).is_dir()]  # best is not there before the first look
+    except InputError as error:
+        raise InputError(f"{folder / 'config.yaml'}: {error}") from error
+    # best is not there before the first look
+    found = [name for name in (checkpoint, "last") if (folder / name).is_dir()]
     check(found, f"{folder} has no checkpoint yet: let it train for longer")
-    saved = read_checkpoint(folder/found[0], state=False)
-    try: check_weights(model, saved.weights)
-    except InputError as error: raise InputError(f"{folder/found[0]}: {error}") from error
+    saved = read_checkpoint(folder / found[0], state=False)
+    try:
+        check_weights(model, saved.weights)
+    except InputError as error:
+        raise InputError(f"{folder / found[0]}: {error}") from error
     model.load_state_dict(saved.weights, strict=False)  # a tied matrix is there once
-    try: tokenizer = Tokenizer.from_file(str(folder/"tokenizer.json"))
-    except Exception as error: raise InputError(f"{folder/'tokenizer.json'} is missing or damaged ({type(error).__name__}): copy it from the run's data, or train again") from error
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:
+        raise InputError(
+            f"{folder / 'tokenizer.json'} is missing or damaged ({type(error).__name__}): copy it"
+            " from the run's data, or train again"
+        ) from error
     found, V = tokenizer.get_vocab_size(), model.cfg.vocab_size
-    check(found == V, f"{folder/'tokenizer.json'} has {found} tokens, but the model was made for {V}: it belongs to another run")
+    check(
+        found == V,
+        f"{folder / 'tokenizer.json'} has {found} tokens, but the model was made for {V}: it belongs"
+        " to another run",
+    )
     return Run(folder, config, model.eval(), tokenizer, saved.info)
