@@ -24,7 +24,14 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
     package_data={
-        cfg["lib_name"]: ["configs/*.yaml", "trained/*/*", "trained/*/*/*", "*.js", "*.html"]
+        cfg["lib_name"]: [
+            "configs/*.yaml",
+            "trained/*/*",
+            "trained/*/*/*",
+            "static/*",
+            "*.js",
+            "*.html",
+        ]
     },
     install_requires=cfg["requirements"].split(),
     extras_require={

@@ -124,7 +124,13 @@ def test_that_is_enough_for_the_package(copied):
     names = zipfile.ZipFile(next((copied / "out").glob("*.whl"))).namelist()
     assert {
         f"tinytransformer/{name}"
-        for name in ("serve.py", "serve.html", "serve.js", "attention_map.js", "configs/tiny.yaml")
+        for name in (
+            "serve.py",
+            "serve.html",
+            "serve.js",
+            "static/attention_map.js",
+            "configs/tiny.yaml",
+        )
     } <= set(names)
 
 

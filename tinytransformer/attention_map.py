@@ -223,7 +223,7 @@ def contact_sheet(
     return file.getvalue()
 
 # %% ../nbs/appendix/attention_map.ipynb #5d3f951d
-SCRIPT = files("tinytransformer") / "attention_map.js"  # beside the modules
+SCRIPT = files("tinytransformer") / "static" / "attention_map.js"
 
 
 @dataclass

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from tokenizers import Tokenizer
 
-from .data import InputError, check
 from .embeddings import check_ids
+from .files import InputError, check
 from .model import Transformer
 
 # %% ../nbs/06_generate.ipynb #edff2d64

@@ -42,8 +42,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from tokenizers import Tokenizer
 
 from .attention_map import attention_map, look, token_texts
-from .data import InputError, check
 from .embeddings import check_ids
+from .files import InputError, check
 from .generate import Batch, Row, SampleConfig, Text, readable
 from .model import Transformer
 from .train import Run
@@ -891,7 +891,11 @@ class Guard:
 
 # %% ../nbs/appendix/serve.ipynb #d6c8e04c
 # beside the modules
-PAGE, SCRIPTS = files("tinytransformer") / "serve.html", ("serve.js", "attention_map.js")
+PAGE = files("tinytransformer") / "serve.html"
+SCRIPTS = {
+    "serve.js": files("tinytransformer") / "serve.js",
+    "attention_map.js": files("tinytransformer") / "static" / "attention_map.js",
+}
 
 
 async def or_gone(request: Request, work: Any) -> Any:  # a coroutine  # its result
@@ -1044,7 +1048,7 @@ def make_app(run: Run, cfg: ServeConfig) -> FastAPI:
         if f"{name}.js" not in SCRIPTS:
             raise Refused(404, "Not Found")
         return Response(
-            (PAGE.parent / f"{name}.js").read_text(encoding="utf-8"), media_type="text/javascript"
+            SCRIPTS[f"{name}.js"].read_text(encoding="utf-8"), media_type="text/javascript"
         )
 
     app.include_router(api)
