@@ -33,10 +33,13 @@ import json, sys
 sys.modules["tinytransformer"] = None  # whoever imports it gets an error
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval(), AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 ids = tokenizer(sys.argv[2], return_tensors="pt").input_ids
-with torch.no_grad(): logits = model(ids).logits[0, -1]
-print(json.dumps(dict(type=model.config.model_type, activation=model.config.activation_function, ids=ids[0].tolist(), logits=logits.tolist())))
+with torch.no_grad():
+    logits = model(ids).logits[0, -1]
+config = dict(type=model.config.model_type, activation=model.config.activation_function)
+print(json.dumps(config | dict(ids=ids[0].tolist(), logits=logits.tolist())))
 """
 
 
