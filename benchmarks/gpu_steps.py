@@ -35,7 +35,8 @@ from tinytransformer.corpus import Corpus, load_corpus, processed_dir
 from tinytransformer.data import DataConfig
 from tinytransformer.embeddings import drop
 from tinytransformer.files import InputError, read_json, read_rows
-from tinytransformer.generate import KVCache, SampleConfig, complete, extend, generate
+from tinytransformer.engine import complete
+from tinytransformer.generate import KVCache, SampleConfig, extend, generate
 from tinytransformer.model import (
     ModelConfig,
     Transformer,

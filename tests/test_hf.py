@@ -23,7 +23,8 @@ from conftest import SMALL
 from torch.testing import assert_close
 
 from tinytransformer.cli import main
-from tinytransformer.generate import KVCache, SampleConfig, complete, extend
+from tinytransformer.engine import complete
+from tinytransformer.generate import KVCache, SampleConfig, extend
 from tinytransformer.model import Transformer, hf_names, next_token_loss, to_hf, turned
 from tinytransformer.train import load_run
 
