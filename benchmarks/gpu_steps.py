@@ -34,9 +34,10 @@ from benchmarks.wikitext2 import word_perplexity
 from tinytransformer.corpus import Corpus, load_corpus, processed_dir
 from tinytransformer.data import DataConfig
 from tinytransformer.embeddings import drop
-from tinytransformer.files import InputError, read_json, read_rows
 from tinytransformer.engine import complete
+from tinytransformer.files import InputError, read_json, read_rows
 from tinytransformer.generate import KVCache, SampleConfig, extend, generate
+from tinytransformer.hf import to_hf
 from tinytransformer.model import (
     ModelConfig,
     Transformer,
@@ -44,7 +45,6 @@ from tinytransformer.model import (
     flops_per_token,
     head_loss,
     next_token_loss,
-    to_hf,
 )
 from tinytransformer.train import (
     Stopped,
