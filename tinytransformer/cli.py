@@ -40,7 +40,7 @@ from .data import SPLITS, DataConfig
 from .engine import compare, complete, stream
 from .files import InputError, check, read_json, read_rows, write_whole
 from .generate import SampleConfig
-from .model import ModelConfig, count_parameters, parameter_formula
+from .model import ModelConfig, count_parameters
 from tinytransformer.train import (
     EXCESS,
     PACKAGED,
@@ -64,6 +64,7 @@ from tinytransformer.train import (
     same_text,
     train_run,
 )
+from .variants import parameter_formula
 
 # %% ../nbs/appendix/command_line.ipynb #80320584
 SECTIONS = dict(data=DataConfig, model=ModelConfig, train=TrainConfig, sample=SampleConfig)

@@ -39,7 +39,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import get_origin
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import psutil
@@ -57,7 +57,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from . import __version__, tinywiki
+from tinytransformer import (
+    __version__,
+    tinywiki,
+    variants,  # noqa: F401 (it adds its parts to the tables of the chapters)
+)
 from .corpus import Corpus, prepare
 from .data import Blocks, DataConfig
 from tinytransformer.files import (
@@ -204,6 +208,12 @@ def make_config(
         # what is in them, the class sees to
         wanted = get_origin(types[name]) if get_origin(types[name]) in (list, dict) else types[name]
         # Python counts True as an int
+        if get_origin(wanted) is Literal:
+            check(
+                value in get_args(wanted),
+                f"{section}.{name} is {value!r}: give {' or '.join(get_args(wanted))}",
+            )
+            continue
         fits = isinstance(value, wanted | int if wanted is float else wanted) and isinstance(
             value, bool
         ) == (wanted is bool)
