@@ -27,6 +27,10 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from ..attention_map import attention_map, look, token_texts
+from ..files import InputError
+from ..generate import encode_prompt
 from tinytransformer.serve.completions import (
     CompletionWriter,
     check_request,
@@ -47,10 +51,6 @@ from tinytransformer.serve.schemas import (
     describe_validation_errors,
     internal_error,
 )
-
-from ..attention_map import attention_map, look, token_texts
-from ..files import InputError
-from ..generate import encode_prompt
 from ..train import Run
 
 # %% ../../nbs/appendix/serve_app.ipynb #a17a6e07

@@ -13,6 +13,12 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 
+from tokenizers import Tokenizer
+
+from ..attention_map import token_texts
+from ..engine import StreamDecoder
+from ..generate import SampleConfig, encode_prompt
+from ..model import ModelConfig
 from .decoder import Choice, Decoder, Piece
 from tinytransformer.serve.schemas import (
     APIError,
@@ -23,12 +29,6 @@ from tinytransformer.serve.schemas import (
     ServeConfig,
     Usage,
 )
-from tokenizers import Tokenizer
-
-from ..attention_map import token_texts
-from ..engine import StreamDecoder
-from ..generate import SampleConfig, encode_prompt
-from ..model import ModelConfig
 
 # %% ../../nbs/appendix/serve_completions.ipynb #07b548e7
 class LogprobsFormatter:

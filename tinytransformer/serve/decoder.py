@@ -19,11 +19,11 @@ from typing import Any
 
 import prometheus_client as prometheus
 import torch
-from .schemas import APIError, ServeConfig, internal_error, shutting_down
 
 from ..engine import Batch, Row
 from ..generate import SampleConfig
 from ..model import Transformer
+from .schemas import APIError, ServeConfig, internal_error, shutting_down
 from ..train import Run
 
 # %% ../../nbs/appendix/serve_decoder.ipynb #5f2d205d

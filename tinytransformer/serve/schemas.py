@@ -227,7 +227,9 @@ def ascii_only(text: str) -> str:
     return text.encode("ascii", "replace").decode()
 
 
-def describe_validation_errors(errors: Sequence[dict]) -> APIError:  # of pydantic
+def describe_validation_errors(
+    errors: Sequence[dict],  # of pydantic
+) -> APIError:
     "The first field that does not fit, in one line."
     where = errors[0]["loc"][1:2]
     name = str(where[0]) if where and isinstance(where[0], str) else None
