@@ -58,7 +58,10 @@ NOT_ALLOWED = (
 )
 
 
-def is_write_error(error: OSError, folder: Path) -> bool:  # that was to be written
+def is_write_error(
+    error: OSError,
+    folder: Path,  # that was to be written
+) -> bool:
     """Whether `error` says that `folder` can't be written, and not that something was missing,
     broken or far away.
     """
@@ -75,7 +78,9 @@ def is_write_error(error: OSError, folder: Path) -> bool:  # that was to be writ
     )
 
 # %% ../nbs/appendix/files.ipynb #f3487a68
-def discard(path: Path) -> None:  # a file, a link or a folder; or nothing at all
+def discard(
+    path: Path,  # a file, a link or a folder; or nothing at all
+) -> None:
     "Delete what stands under `path`; of a link the link alone."
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -133,7 +138,9 @@ def digest(*parts: str | bytes) -> str:
     return h.hexdigest()[:16]
 
 # %% ../nbs/appendix/files.ipynb #7aea5129
-def read_rows(path: Path) -> list[dict]:  # of JSON lines
+def read_rows(
+    path: Path,  # of JSON lines
+) -> list[dict]:
     "The rows of a file of JSON lines; a line that is none is left out."
     rows = []
     for line in (
@@ -148,7 +155,10 @@ def read_rows(path: Path) -> list[dict]:  # of JSON lines
     return rows
 
 
-def read_json(path: Path, kind: type = dict):  # or list  # an empty one where there is no file
+def read_json(
+    path: Path,
+    kind: type = dict,  # or list
+):  # an empty one where there is no file
     "What a file of JSON holds."
     if not path.exists():
         return kind()
