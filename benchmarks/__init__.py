@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 def run(main: Callable[[], None]) -> None:
     "Call a program; what its user can mend is told in one line."
-    from tinytransformer.data import InputError  # not every contestant has it
+    from tinytransformer.files import InputError
 
     try:
         main()

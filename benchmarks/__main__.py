@@ -274,7 +274,8 @@ def start_up(rounds: int = 5) -> list[dict]:
 
 def tokenizing(hub: bool, rounds: int = 5) -> list[dict]:
     "Megabytes of text a second: row by row, and as `prepare` does it."
-    from tinytransformer.data import DataConfig, encode_rows, prepare, raw_rows
+    from tinytransformer.corpus import prepare, raw_rows
+    from tinytransformer.data import DataConfig, encode_rows
     from tinytransformer.train import config_file, make_config, read_config
 
     def seconds(way):

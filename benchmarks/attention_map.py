@@ -21,7 +21,8 @@ import torch
 from playwright.sync_api import sync_playwright
 
 from tinytransformer.attention_map import attention_map, decode, encode, look
-from tinytransformer.data import Blocks, DataConfig, prepare
+from tinytransformer.corpus import prepare
+from tinytransformer.data import Blocks, DataConfig
 from tinytransformer.model import ModelConfig, Transformer
 from tinytransformer.train import TrainConfig, fit
 

@@ -104,7 +104,8 @@ def main() -> None:
     parser.add_argument("--dataset", default="Salesforce/wikitext")
     parser.add_argument("--subset", default="wikitext-2-v1")
     args = parser.parse_args()
-    from tinytransformer.data import DataConfig, raw_rows
+    from tinytransformer.corpus import raw_rows
+    from tinytransformer.data import DataConfig
 
     rows = raw_rows(
         DataConfig(dataset=args.dataset, subset=args.subset, data_dir=str(HERE.parent / "data"))

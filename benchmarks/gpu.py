@@ -29,7 +29,8 @@ import torch
 
 from benchmarks import run as call
 from benchmarks.gpu_steps import CORPORA, ROOT, STEPS, Step, data_config
-from tinytransformer.data import check, is_current, prepare, processed_dir, write_whole
+from tinytransformer.corpus import is_current, prepare, processed_dir
+from tinytransformer.files import check, write_whole
 from tinytransformer.train import git_commit
 
 WORKER = [sys.executable, "-m", "benchmarks.gpu_steps", "work"]

@@ -31,8 +31,10 @@ import torch
 import transformers
 
 from benchmarks.wikitext2 import word_perplexity
-from tinytransformer.data import Corpus, DataConfig, InputError, load_corpus, processed_dir
+from tinytransformer.corpus import Corpus, load_corpus, processed_dir
+from tinytransformer.data import DataConfig
 from tinytransformer.embeddings import drop
+from tinytransformer.files import InputError, read_json, read_rows
 from tinytransformer.generate import SampleConfig, complete, empty_cache, extend, generate
 from tinytransformer.model import (
     ModelConfig,
@@ -56,8 +58,6 @@ from tinytransformer.train import (
     near_floor,
     perplexities,
     read_config,
-    read_json,
-    read_rows,
     train_run,
 )
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import run
-from tinytransformer.data import DataConfig, prepare
+from tinytransformer.corpus import prepare
+from tinytransformer.data import DataConfig
 from tinytransformer.model import ModelConfig, Transformer, count_parameters
 from tinytransformer.train import TrainConfig, evaluate, fit
 

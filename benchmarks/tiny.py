@@ -29,15 +29,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import run
-from tinytransformer.data import digest, write_whole
-from tinytransformer.train import (
-    TRAINED_FOLDER,
-    config_file,
-    near_floor,
-    processor,
-    read_config,
-    read_json,
-)
+from tinytransformer.files import digest, read_json, write_whole
+from tinytransformer.train import TRAINED_FOLDER, config_file, near_floor, processor, read_config
 
 COMMAND = str(Path(sys.executable).with_name("tinytransformer"))
 RESULTS = Path(__file__).parent / "results" / "tiny.json"

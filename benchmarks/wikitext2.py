@@ -29,7 +29,9 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks import run
-from tinytransformer.data import Corpus, DataConfig, prepare
+from tinytransformer.corpus import Corpus, prepare
+from tinytransformer.data import DataConfig
+from tinytransformer.files import read_json, read_rows
 from tinytransformer.generate import SampleConfig, complete
 from tinytransformer.model import ModelConfig, Transformer, count_parameters
 from tinytransformer.train import (
@@ -42,8 +44,6 @@ from tinytransformer.train import (
     make_config,
     perplexities,
     read_config,
-    read_json,
-    read_rows,
     train_run,
 )
 

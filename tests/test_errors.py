@@ -13,9 +13,11 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from tinytransformer import cli
-from tinytransformer.data import Blocks, encode_rows, is_write_error, load_corpus
+from tinytransformer.corpus import load_corpus
+from tinytransformer.data import Blocks, encode_rows
+from tinytransformer.files import is_write_error, read_rows
 from tinytransformer.generate import draw_token, readable
-from tinytransformer.train import Trackers, read_rows, train_run
+from tinytransformer.train import Trackers, train_run
 
 COMMAND = str(Path(sys.executable).with_name("tinytransformer"))
 RUN = Path("some/run")

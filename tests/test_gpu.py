@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 import benchmarks
 from benchmarks import gpu, gpu_steps
 from benchmarks.gpu_steps import Bench, Skipped, Step
-from tinytransformer.data import InputError
+from tinytransformer.files import InputError
 from tinytransformer.model import HeadLoss, head_loss, next_token_loss
 from tinytransformer.train import Stopped
 

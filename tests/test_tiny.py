@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from tinytransformer.cli import main
-from tinytransformer.data import DataConfig, prepare
+from tinytransformer.corpus import prepare
+from tinytransformer.data import DataConfig
+from tinytransformer.files import read_json, read_rows
 from tinytransformer.model import ModelConfig
 from tinytransformer.tinywiki import WIKI, continuations
 from tinytransformer.train import (
@@ -22,8 +24,6 @@ from tinytransformer.train import (
     near_floor,
     processor,
     read_config,
-    read_json,
-    read_rows,
     same_text,
 )
 

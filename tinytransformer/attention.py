@@ -16,8 +16,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .data import check
 from .embeddings import drop
+from .files import check
 
 # %% ../nbs/02_attention.ipynb #b14d452c
 def causal_mask(

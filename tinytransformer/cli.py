@@ -35,7 +35,9 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from . import __version__, tinywiki
 from .__main__ import COMMANDS
-from .data import SPLITS, Corpus, DataConfig, InputError, check, prepare, write_whole
+from .corpus import Corpus, prepare
+from .data import SPLITS, DataConfig
+from .files import InputError, check, read_json, read_rows, write_whole
 from .generate import SampleConfig, compare, complete, stream
 from .model import ModelConfig, count_parameters, parameter_formula
 from tinytransformer.train import (
@@ -58,8 +60,6 @@ from tinytransformer.train import (
     perplexities,
     processes,
     read_config,
-    read_json,
-    read_rows,
     same_text,
     train_run,
 )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .data import check
+from .files import check
 
 # %% ../nbs/01_embeddings.ipynb #59fa6732
 def drop(x: torch.Tensor, p: float) -> torch.Tensor:  # of any shape  # share to zero, below 1

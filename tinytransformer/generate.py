@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from .data import check
 from .embeddings import check_ids
+from .files import check
 from .model import Transformer
 
 # %% ../nbs/06_generate.ipynb #edff2d64

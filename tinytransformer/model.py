@@ -25,8 +25,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .block import ACTIVATIONS, NORMS, Block, swiglu_dim
-from .data import InputError, check, hub_error, is_hub_name
+from .corpus import hub_error
+from .data import is_hub_name
 from .embeddings import Embeddings, sinusoids
+from .files import InputError, check
 
 # %% ../nbs/04_model.ipynb #2d19c347
 @dataclass

@@ -42,8 +42,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from tokenizers import Tokenizer
 
 from .attention_map import attention_map, look, token_texts
-from .data import InputError, check
 from .embeddings import check_ids
+from .files import InputError, check
 from .generate import Batch, Row, SampleConfig, Text, readable
 from .model import Transformer
 from .train import Run

@@ -11,9 +11,9 @@ __all__ = ['CONFIGS', 'PACKAGED', 'STOP_SIGNALS', 'MAY_CHANGE', 'START', 'EXCESS
            'Diverged', 'fit', 'random_state', 'set_random_state', 'Elsewhere', 'on_main', 'unwrapped',
            'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'check_weights', 'load_weights', 'restore', 'say',
            'unchanged', 'read_start', 'same_text', 'Checkpoints', 'installed_version', 'processor', 'environment',
-           'git_commit', 'read_rows', 'read_json', 'JsonLines', 'plot_metrics', 'live_curve', 'Trackers', 'run_lock',
-           'refuse', 'explained', 'summary', 'near_floor', 'compare_with_floor', 'train_run', 'begun_from',
-           'first_weights', 'whole_model', 'begin', 'finish', 'Run', 'load_run']
+           'git_commit', 'plot_metrics', 'live_curve', 'Trackers', 'run_lock', 'refuse', 'explained', 'summary',
+           'near_floor', 'compare_with_floor', 'train_run', 'begun_from', 'first_weights', 'whole_model', 'begin',
+           'finish', 'Run', 'load_run']
 
 # %% ../nbs/05_train.ipynb #5bcde0d9
 import copy
@@ -58,15 +58,16 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from . import __version__, tinywiki
-from tinytransformer.data import (
-    Blocks,
-    Corpus,
-    DataConfig,
+from .corpus import Corpus, prepare
+from .data import Blocks, DataConfig
+from tinytransformer.files import (
     InputError,
+    JsonLines,
     check,
     digest,
     is_write_error,
-    prepare,
+    read_json,
+    read_rows,
     whole_folder,
     write_whole,
 )
@@ -1165,63 +1166,6 @@ def git_commit() -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-# %% ../nbs/05_train.ipynb #7aea5129
-def read_rows(path: Path) -> list[dict]:  # of JSON lines
-    "The rows of a file of JSON lines; a line that is none is left out."
-    rows = []
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    ):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
-
-
-def read_json(path: Path, kind: type = dict):  # or list  # an empty one where there is no file
-    "What a file of JSON holds."
-    if not path.exists():
-        return kind()
-    try:
-        found = json.loads(path.read_text())
-    except ValueError:
-        found = None
-    check(isinstance(found, kind), f"{path} is damaged: delete it, then run the same command again")
-    return found
-
-
-class JsonLines:
-    "A file that gets a row at a time, each written out at once."
-
-    def __init__(self, path: Path):
-        self.path, self.file = path, None
-
-    def add(self, row: dict) -> None:
-        "Write one row; a number that is not finite becomes null, since JSON knows none."
-        if self.file is None:
-            # the others are of a process that was killed
-            rows = [old for old in read_rows(self.path) if old["step"] < row["step"]]
-            write_whole(self.path, "".join(json.dumps(old) + "\n" for old in rows))
-            self.file = self.path.open("a", encoding="utf-8")
-        self.file.write(
-            json.dumps(
-                {
-                    name: None if isinstance(value, float) and not math.isfinite(value) else value
-                    for name, value in row.items()
-                }
-            )
-            + "\n"
-        )
-        self.file.flush()
-
-    def close(self) -> None:
-        "Let go of the file."
-        if self.file:
-            self.file.close()
 
 # %% ../nbs/05_train.ipynb #8f05481e
 def plot_metrics(
