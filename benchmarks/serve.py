@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 
 from tinytransformer.generate import SampleConfig, complete
-from tinytransformer.train import load_run
+from tinytransformer.runs import load_run
 
 HERE = Path(__file__).parent
 PROMPTS, TOKENS = [" =", " = The", " = Nils", " = Edith"], 128

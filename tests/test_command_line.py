@@ -245,7 +245,8 @@ def test_bf16_where_the_device_has_it(here, change, monkeypatch, capsys):
     """
 
     def losses(has):
-        monkeypatch.setattr("tinytransformer.train.has_bf16", lambda device: has)
+        for module in ("train", "devices"):
+            monkeypatch.setattr(f"tinytransformer.{module}.has_bf16", lambda device: has)
         run = here / "runs" / f"{change.split()[1]}-{has}"
         main(["train", "--config", "tiny", "--folder", str(run), *SMALL, *change.split()])
         bf16, said = change.endswith("bf16"), capsys.readouterr().err

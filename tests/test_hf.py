@@ -25,7 +25,7 @@ from torch.testing import assert_close
 from tinytransformer.cli import main
 from tinytransformer.generate import SampleConfig, complete, empty_cache, extend
 from tinytransformer.model import Transformer, hf_names, next_token_loss, to_hf, turned
-from tinytransformer.train import load_run
+from tinytransformer.runs import load_run
 
 WITHOUT_US = """
 import json, sys

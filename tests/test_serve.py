@@ -33,8 +33,8 @@ from schemathesis.checks import CHECKS
 
 from tinytransformer.cli import main
 from tinytransformer.generate import Batch, SampleConfig, begin, complete, stream
+from tinytransformer.runs import load_run
 from tinytransformer.serve import ServeConfig, make_app
-from tinytransformer.train import load_run
 
 # a machine that has other work takes its time to answer
 post, get = partial(httpx.post, timeout=120), partial(httpx.get, timeout=120)

@@ -35,34 +35,26 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from . import __version__, tinywiki
 from .__main__ import COMMANDS
+from .checkpoint import same_text
+from .config import PACKAGED, config_file, make_config, read_config
 from .corpus import Corpus, prepare
 from .data import SPLITS, DataConfig
+from .devices import OtherRankFailed, fast_products, on_main, processes
 from .files import InputError, check, read_json, read_rows, write_whole
 from .generate import SampleConfig, compare, complete, stream
 from .model import ModelConfig, count_parameters, parameter_formula
-from tinytransformer.train import (
+from tinytransformer.runs import (
+    fast_loss,
     EXCESS,
-    PACKAGED,
     RECALL,
     TRAINED,
-    Elsewhere,
     Run,
-    Stopped,
-    TrainConfig,
     begun_from,
-    config_file,
-    evaluate,
-    fast_products,
     load_run,
-    make_config,
     near_floor,
-    on_main,
-    perplexities,
-    processes,
-    read_config,
-    same_text,
     train_run,
 )
+from .train import Stopped, TrainConfig, evaluate, perplexities
 
 # %% ../nbs/appendix/command_line.ipynb #80320584
 SECTIONS = dict(data=DataConfig, model=ModelConfig, train=TrainConfig, sample=SampleConfig)
@@ -529,7 +521,7 @@ def evaluate_command(cfg: Namespace) -> None:
         {"side by side": None}
         | ({} if cfg.stride is None else {f"stride {cfg.stride}": cfg.stride})
     ).items():
-        loss = evaluate(run.model, corpus.streams[cfg.split], stride=stride)
+        loss = evaluate(run.model, corpus.streams[cfg.split], stride, loss=fast_loss)
         row = dict(
             step=run.checkpoint["step"],
             tokens=about["tokens"],
@@ -796,8 +788,8 @@ def main(args: list[str] | None = None) -> None:  # the command line, if not the
                 serve=serve_command,
             )[command](cfg)
         sys.stdout.flush()
-    except Elsewhere:
-        sys.exit(1)  # process 0 says it
+    except OtherRankFailed:
+        sys.exit(1)  # process 0 reports it
     # the reader of the output has gone, as in `... | head`: no reason for a word
     except BrokenPipeError:
         # or Python complains at its end

@@ -15,7 +15,7 @@ import yaml
 from . import __version__
 from .files import check, read_json, read_rows, whole_folder, write_whole
 from .model import count_parameters, to_hf
-from .train import Run
+from .runs import Run
 
 # %% ../nbs/appendix/gpt2_twin.ipynb #75022208
 def model_card(run: Run) -> str:  # Markdown, with the front matter that the Hub reads

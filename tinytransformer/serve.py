@@ -42,11 +42,10 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from tokenizers import Tokenizer
 
 from .attention_map import attention_map, look, token_texts
-from .embeddings import check_ids
 from .files import InputError, check
 from .generate import Batch, Row, SampleConfig, Text, readable
 from .model import Transformer
-from .train import Run
+from .runs import Run
 
 # %% ../nbs/appendix/serve.ipynb #b3bd339e
 @dataclass
