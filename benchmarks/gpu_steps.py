@@ -37,7 +37,7 @@ from tinytransformer.data import DataConfig
 from tinytransformer.devices import make_accelerator, memory_mb
 from tinytransformer.embeddings import drop
 from tinytransformer.files import InputError, read_json, read_rows
-from tinytransformer.generate import SampleConfig, complete, empty_cache, extend, generate
+from tinytransformer.generate import KVCache, SampleConfig, complete, extend, generate
 from tinytransformer.model import (
     ModelConfig,
     Transformer,
@@ -315,7 +315,7 @@ def cached_against_uncached(bench: Bench) -> None:
                 model = model.bfloat16()
             x = random_tokens(bench, model, batch_size=3)[:, :-1].to(bench.device)
             T = x.shape[1]
-            cache = empty_cache(model, len(x), T)
+            cache = KVCache.empty(model, len(x), T)
             read = [extend(model, x[:, : T // 2], cache)]
             for t in range(T // 2, min(T, T // 2 + 16)):
                 read.append(extend(model, x[:, t : t + 1], cache))

@@ -23,7 +23,7 @@ from conftest import SMALL
 from torch.testing import assert_close
 
 from tinytransformer.cli import main
-from tinytransformer.generate import SampleConfig, complete, empty_cache, extend
+from tinytransformer.generate import KVCache, SampleConfig, complete, extend
 from tinytransformer.model import Transformer, hf_names, next_token_loss, to_hf, turned
 from tinytransformer.runs import load_run
 
@@ -89,7 +89,7 @@ def test_twins(shape, tmp_path):
     for name, p in mine.named_parameters():
         there = theirs.get_parameter(names[name]).grad
         assert_close(p.grad, there.T if turned(name) else there, rtol=1e-7, atol=1e-10)
-    room, past = empty_cache(mine, rows=2, capacity=x.shape[1]), None
+    room, past = KVCache.empty(mine, rows=2, capacity=x.shape[1]), None
     with torch.no_grad():
         for start, end in ((0, 3), (3, 4), (4, x.shape[1])):  # a prompt, a token, the rest
             out = theirs(x[:, start:end], past_key_values=past, use_cache=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .attention import MultiHeadAttention
+from .attention import LayerCache, MultiHeadAttention
 from .embeddings import Dropout
 
 # %% ../nbs/03_block.ipynb #53749a23
@@ -67,7 +67,7 @@ class Block(nn.Module):
         dropout: float = 0.0,
         activation: str = "relu",  # of the feed-forward network; or gelu, or swiglu
         norm: str = "layer",  # or rms
-        rotary: bool = False,  # turn queries and keys by their places
+        rotary: bool = False,  # rotate queries and keys by their positions
         attention_dropout: float | None = None,  # on the attention weights
     ):
         super().__init__()
@@ -85,9 +85,11 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor,  # (B, T, C)
+        cache: LayerCache | None = None,  # keys and values of the tokens before
+        positions: torch.Tensor | None = None,  # (T,) or (B, T); default: 0 to T - 1
         return_weights: bool = False,  # also give the attention weights (B, H, T, T)
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        attended = self.attention(self.norm1(x), return_weights)
+        attended = self.attention(self.norm1(x), cache, positions, return_weights)
         if return_weights:
             attended, weights = attended
         x = x + self.dropout(attended)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .files import check
+from .files import InputError, check
 
 # %% ../nbs/01_embeddings.ipynb #59fa6732
 def drop(x: torch.Tensor, p: float) -> torch.Tensor:  # of any shape  # share to zero, below 1
@@ -62,25 +62,30 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(seq_len, embed_dim) if positions else None
         self.dropout = Dropout(dropout)
 
-    def at(
+    def forward(
         self,
         x: torch.Tensor,  # (B, T) token ids
-        places: torch.Tensor,  # (T,) or (B, T) where they stand
+        positions: torch.Tensor | None = None,  # (T,) or (B, T); default: 0 to T - 1
     ) -> torch.Tensor:  # (B, T, C)
-        "The vectors of tokens at any places, without dropout."
-        return self.token(x) if self.position is None else self.token(x) + self.position(places)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T) token ids  # (B, T, C)
         T = x.shape[1]
         check(
             T <= self.seq_len,
             f"{T} tokens do not fit into the context of {self.seq_len}: give at most"
             f" {self.seq_len}",
         )
-        # a GPU would have to wait for this answer, and its lookup fails by itself
-        if x.device.type == "cpu":
+        if positions is None:
+            positions = torch.arange(T, device=x.device)
+        try:
+            vectors = self.token(x)
+            if self.position is not None:
+                vectors = vectors + self.position(positions)
+        except IndexError as error:  # on a CPU; a GPU stops with an error of its own
             check_ids(x, self.token.num_embeddings)
-        return self.dropout(self.at(x, torch.arange(T, device=x.device)))
+            raise InputError(
+                f"position {positions.max()} is outside the context of {self.seq_len}: give"
+                f" positions from 0 to {self.seq_len - 1}"
+            ) from error
+        return self.dropout(vectors)
 
 # %% ../nbs/01_embeddings.ipynb #5e3ed942
 def sinusoids(seq_len: int, embed_dim: int) -> torch.Tensor:  # T  # C, even  # (T, C), from -1 to 1

@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['COLD', 'STRATEGIES', 'keep_top_k', 'keep_mass', 'keep_top_p', 'keep_min_p', 'keep_typical', 'penalise_repetition',
-           'penalise_frequency', 'bias_tokens', 'SampleConfig', 'bent', 'cut', 'next_distribution', 'Cache',
-           'empty_cache', 'extend', 'in_sight', 'draw_token', 'filled', 'choose', 'Text', 'Row', 'Written', 'Batch',
-           'begin', 'generate', 'complete', 'readable', 'stream', 'beam_search', 'distinct', 'compare']
+           'penalise_frequency', 'bias_tokens', 'SampleConfig', 'bent', 'cut', 'next_distribution', 'KVCache',
+           'KVLayer', 'evaluating', 'extend', 'in_sight', 'draw_token', 'filled', 'choose', 'Text', 'Row', 'Written',
+           'Batch', 'begin', 'generate', 'complete', 'readable', 'stream', 'beam_search', 'distinct', 'compare']
 
 # %% ../nbs/06_generate.ipynb #e427af26
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from .embeddings import check_ids
-from .files import check
+from .files import InputError, check
 from .model import Transformer
 
 # %% ../nbs/06_generate.ipynb #edff2d64
@@ -242,60 +242,138 @@ def next_distribution(
     return cut(logits / cfg.temperature, cfg).softmax(dim=-1)
 
 # %% ../nbs/06_generate.ipynb #5c8607b2
-@dataclass
-class Cache:
-    "Keys and values of all tokens so far."
+class KVCache:
+    "The keys and values of all tokens so far, for every layer and row."
 
-    kv: torch.Tensor  # (num_layers, 2, B, H, capacity, D)
-    lengths: torch.Tensor  # (B,) tokens in each row
+    def __init__(
+        self,
+        kv: torch.Tensor,  # (num_layers, 2, B, H, capacity, D)
+        lengths: torch.Tensor,  # (B,) tokens in each row
+    ):
+        self.kv, self.lengths = kv, lengths
+        self.rows = torch.arange(len(lengths), device=kv.device)[:, None]  # (B, 1)
+
+    @classmethod
+    def empty(
+        cls,
+        model: Transformer,
+        rows: int,  # B
+        capacity: int,  # tokens that a row may come to
+    ) -> "KVCache":
+        "A cache with room for `rows` texts of up to `capacity` tokens."
+        cfg, like = model.cfg, next(model.parameters())
+        return cls(
+            like.new_zeros(cfg.num_layers, 2, rows, cfg.num_heads, capacity, cfg.head_dim),
+            torch.zeros(rows, dtype=torch.long, device=like.device),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return self.kv.shape[2]
+
+    @property
+    def capacity(self) -> int:
+        return self.kv.shape[4]
+
+    def extend(self, T: int) -> torch.Tensor:  # (B, T)
+        "Make room for the next T tokens of each row; gives their positions."
+        positions = self.lengths[:, None] + torch.arange(T, device=self.kv.device)
+        S = int(positions.max()) + 1
+        if S > self.capacity:
+            raise InputError(
+                f"{S} tokens do not fit into a cache for {self.capacity}: make a larger one"
+            )
+        self.positions = positions
+        # (B, 1, T, S): a query sees the keys up to its own position
+        self.mask = (torch.arange(S, device=self.kv.device) <= positions[:, :, None])[:, None]
+        self.lengths += T
+        return positions
+
+    def layer(self, i: int) -> "KVLayer":
+        "What the attention of block i sees of the cache."
+        return KVLayer(self, i)
+
+    def trim(
+        self,
+        lengths: torch.Tensor,  # (B,) at most as many as there are
+    ) -> None:
+        "Forget what lies beyond the first tokens of each row, such as padding."
+        self.lengths.copy_(lengths)
+
+    def reset(self, rows: list[int]) -> None:
+        "Forget all tokens of these rows."
+        self.lengths[rows] = 0
+
+    def first(self, rows: int) -> "KVCache":
+        "The first rows alone; what is written into them is written into this cache."
+        return KVCache(self.kv[:, :, :rows], self.lengths[:rows])
+
+    def reorder(self, rows: list[int]) -> "KVCache":
+        "A copy of these rows in this order; a row may come more than once."
+        return KVCache(self.kv[:, :, rows], self.lengths[rows])
+
+    def copy_rows(
+        self,
+        rows: list[int],  # of this cache, to overwrite
+        source: "KVCache",  # has as many rows, and not more capacity
+    ) -> None:
+        "Put the rows of another cache in place of these."
+        self.kv[:, :, rows, :, : source.capacity] = source.kv
+        self.lengths[rows] = source.lengths
+
+    def move_row(self, source: int, target: int) -> None:
+        "Overwrite one row by another."
+        self.kv[:, :, target] = self.kv[:, :, source]
+        self.lengths[target] = self.lengths[source]
 
 
-def empty_cache(
-    model: Transformer,
-    rows: int,
-    capacity: int,  # B  # tokens that a row may come to
-) -> Cache:
-    "Room for `rows` texts of up to `capacity` tokens."
-    cfg, like = model.cfg, model.embeddings.token.weight
-    return Cache(
-        like.new_zeros(cfg.num_layers, 2, rows, cfg.num_heads, capacity, cfg.head_dim),
-        torch.zeros(rows, dtype=torch.long, device=like.device),
-    )
+class KVLayer:
+    "One layer of a `KVCache`."
+
+    def __init__(self, cache: KVCache, i: int):
+        self.cache, self.i = cache, i
+
+    def append(
+        self,
+        k: torch.Tensor,  # (B, H, T, D) of the new tokens
+        v: torch.Tensor,  # (B, H, T, D)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (B, H, S, D) twice, and (B, 1, T, S)
+        "Keep new keys and values; gives all of them so far, and the mask of the new queries."
+        cache, (keys, values) = self.cache, self.cache.kv[self.i]  # (B, H, capacity, D) each
+        keys[cache.rows, :, cache.positions] = k.transpose(1, 2)
+        values[cache.rows, :, cache.positions] = v.transpose(1, 2)
+        S = cache.mask.shape[-1]
+        return keys[:, :, :S], values[:, :, :S], cache.mask
 
 # %% ../nbs/06_generate.ipynb #a5ff8d9b
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    "Switch dropout off while the block runs."
+    if not model.training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
 @torch.no_grad()
 def extend(
-    model: Transformer,  # without dropout: it is left out here
-    ids: torch.Tensor,  # (B, t) the next tokens of each row; a shorter row is filled up at its end
-    cache: Cache,  # gets longer, in place
-    counts: torch.Tensor | None = None,  # (B,) how many of each row's t are its own; left out, all
-) -> torch.Tensor:  # (B, V) logits after the last own token of each row
-    "Read on, from where the cache ends."
-    B, t = ids.shape
-    counts = torch.full_like(cache.lengths, t) if counts is None else counts
-    # (B, t) in the text, and in the cache
-    places = cache.lengths[:, None] + torch.arange(t, device=ids.device)
-    seen, rows = int(places.max()) + 1, torch.arange(B, device=ids.device)
-    check(
-        seen <= cache.kv.shape[4],
-        f"{seen} tokens do not fit into a cache for {cache.kv.shape[4]}: make a larger one",
-    )
-    mask = (torch.arange(seen, device=ids.device) <= places[:, :, None])[:, None]  # (B, 1, t, seen)
-    h = model.embeddings.at(ids, places)  # (B, t, C)
-    for block, (keys, values) in zip(model.blocks, cache.kv):  # (B, H, capacity, D) each
-        q, k, v = block.attention.queries_keys_values(block.norm1(h), places)  # (B, H, t, D)
-        keys[rows[:, None], :, places], values[rows[:, None], :, places] = (
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-        )
-        heads = F.scaled_dot_product_attention(
-            q, keys[:, :, :seen], values[:, :, :seen], attn_mask=mask
-        )
-        h = h + block.attention.proj(heads.transpose(1, 2).flatten(2))
-        h = h + block.ffn(block.norm2(h))
-    cache.lengths += counts
-    last = model.norm(h[rows, counts - 1])  # (B, C)
-    # in float32 and for few rows, this way round is the faster one on a CPU
+    model: Transformer,  # in any mode: dropout is off here
+    ids: torch.Tensor,  # (B, T) the next tokens of each row; a shorter row is padded at its end
+    cache: KVCache,  # gets longer, in place
+    counts: torch.Tensor | None = None,  # (B,) tokens in each row without padding; default: T
+) -> torch.Tensor:  # (B, V) logits after the last token of each row
+    "Read the next tokens, and predict what follows them."
+    with evaluating(model):
+        h = model.hidden(ids, cache)  # (B, T, C)
+    last = h[:, -1]  # (B, C)
+    if counts is not None:
+        cache.trim(cache.lengths - ids.shape[1] + counts)
+        last = h[torch.arange(len(h), device=h.device), counts - 1]
+    # in float32 and for few rows, this order of the product is the faster one on a CPU
     return (model.head.weight @ last.T).T if last.dtype == torch.float32 else model.head(last)
 
 # %% ../nbs/06_generate.ipynb #342f1a93
@@ -424,7 +502,7 @@ class Batch:
         capacity: int | None = None,
     ):
         self.model, self.tokenizer, self.rows = model, tokenizer, []
-        self.cache = empty_cache(model, room, capacity or model.cfg.seq_len)
+        self.cache = KVCache.empty(model, room, capacity or model.cfg.seq_len)
 
     def add(
         self,
@@ -439,8 +517,8 @@ class Batch:
         """
         V, context = self.model.cfg.vocab_size, self.model.cfg.seq_len
         check(
-            len(self.rows) < self.cache.kv.shape[2],
-            f"the batch has room for {self.cache.kv.shape[2]} rows, and all are taken",
+            len(self.rows) < self.cache.num_rows,
+            f"the batch has room for {self.cache.num_rows} rows, and all are taken",
         )
         check(len(prompt) > 0, "the prompt is empty: give at least one token")
         check(
@@ -470,7 +548,7 @@ class Batch:
             top,
         )
         self.rows.append(row)
-        self.cache.lengths[len(self.rows) - 1] = 0  # nothing of it is read
+        self.cache.reset([len(self.rows) - 1])  # nothing of it is read
         return row
 
     def remove(self, row: Row) -> None:
@@ -478,18 +556,15 @@ class Batch:
         i, last = self.rows.index(row), len(self.rows) - 1
         self.rows[i] = self.rows[last]
         self.rows.pop()
-        self.cache.kv[:, :, i], self.cache.lengths[i] = (
-            self.cache.kv[:, :, last],
-            self.cache.lengths[last],
-        )
+        self.cache.move_row(last, i)
 
     def read(self) -> torch.Tensor:  # (B, V) logits of what comes next
         "Read what each row has that is new."
-        B, capacity, device = len(self.rows), self.cache.kv.shape[4], self.cache.kv.device
-        used = Cache(self.cache.kv[:, :, :B], self.cache.lengths[:B])
+        B, device = len(self.rows), self.cache.kv.device
+        used = self.cache.first(B)
         # just added, or the window has to jump
-        anew = [i for i, n in enumerate(used.lengths.tolist()) if n in (0, capacity)]
-        used.lengths[anew] = 0
+        anew = [i for i, n in enumerate(used.lengths.tolist()) if n in (0, used.capacity)]
+        used.reset(anew)
         logits = used.kv.new_zeros(B, self.model.cfg.vocab_size)
         if len(anew) < B:
             logits = extend(
@@ -501,9 +576,9 @@ class Batch:
                 for row in (self.rows[i] for i in anew)
             ]
             counts = torch.tensor([len(w) for w in windows], device=device)
-            fresh = empty_cache(self.model, len(anew), int(counts.max()))
+            fresh = KVCache.empty(self.model, len(anew), int(counts.max()))
             logits[anew] = extend(self.model, filled(windows).to(device), fresh, counts)
-            used.kv[:, :, anew, :, : fresh.kv.shape[4]], used.lengths[anew] = fresh.kv, counts
+            used.copy_rows(anew, fresh)
         return logits
 
     @torch.inference_mode()
@@ -671,10 +746,10 @@ def beam_search(
     )
     check_ids(torch.tensor(prompt), model.cfg.vocab_size)
     device = model.embeddings.token.weight.device
-    first = empty_cache(model, 1, len(prompt) + max_new_tokens)
+    first = KVCache.empty(model, 1, len(prompt) + max_new_tokens)
     # (1, V)
     logprobs = extend(model, torch.tensor([prompt], device=device), first).log_softmax(dim=-1)
-    cache = Cache(first.kv.repeat(1, 1, beams, 1, 1, 1), first.lengths.repeat(beams))
+    cache = first.reorder([0] * beams)
     texts, scores, done = [[]], torch.zeros(1, device=device), []
     for n in range(1, max_new_tokens + 1):
         total = scores[:, None] + logprobs  # (B, V)
@@ -702,7 +777,7 @@ def beam_search(
             break
         parents = [parent for _, parent, _ in ahead]
         # each goes on from its parent's memory
-        cache = Cache(cache.kv[:, :, parents], cache.lengths[parents])
+        cache = cache.reorder(parents)
         logprobs = extend(
             model, torch.tensor([text[-1:] for text in texts], device=device), cache
         ).log_softmax(dim=-1)
