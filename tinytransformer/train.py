@@ -632,9 +632,8 @@ def fit(
     with progress_bar(cfg, progress, accelerator) as advance:
         while not progress.is_over(cfg):
             progress.step += 1
-            row = dict(step=progress.step, epoch=progress.epochs(blocks, cfg))
-            row |= one_step(model, objective, optimizer, pairs, progress.step, cfg, accelerator)
-            row |= measure()
+            row = one_step(model, objective, optimizer, pairs, progress.step, cfg, accelerator)
+            row = dict(step=progress.step, epoch=progress.epochs(blocks, cfg)) | row | measure()
             signal, better = stop(), False
             if due := progress.step % cfg.eval_every == 0 or progress.step == cfg.max_steps:
                 row["val_loss"] = validation_loss(model, objective, text, accelerator)
