@@ -38,6 +38,7 @@ from tinytransformer.devices import make_accelerator, memory_mb
 from tinytransformer.embeddings import drop
 from tinytransformer.files import InputError, read_json, read_rows
 from tinytransformer.generate import KVCache, SampleConfig, complete, extend, generate
+from tinytransformer.hf import to_hf
 from tinytransformer.model import (
     ModelConfig,
     Transformer,
@@ -45,7 +46,6 @@ from tinytransformer.model import (
     flops_per_token,
     head_loss,
     next_token_loss,
-    to_hf,
 )
 from tinytransformer.runs import fast_loss, load_run, near_floor, train_run
 from tinytransformer.train import Stopped, TrainConfig, evaluate, fit, has_bf16, perplexities

@@ -64,7 +64,8 @@ from tinytransformer.files import (
     read_rows,
     write_whole,
 )
-from .model import ModelConfig, Transformer, hf_folder, hf_shape
+from .hf import from_hf, hf_folder, hf_shape
+from .model import ModelConfig, Transformer
 from .trackers import RunLog, Trackers
 from tinytransformer.train import (
     Diverged,
@@ -525,10 +526,8 @@ def begun_from(
 
 def first_weights(model: ModelConfig) -> dict[str, torch.Tensor]:  # with a `from_hf`
     "The weights to begin with: those of a GPT-2, with as many of its positions as are asked for."
-    weights = {
-        name: weight.detach()
-        for name, weight in Transformer.from_hf(model.from_hf).named_parameters()
-    }
+    started = from_hf(model.from_hf).named_parameters()
+    weights = {name: weight.detach() for name, weight in started}
     return weights | {
         "embeddings.position.weight": (
             weights["embeddings.position.weight"][: model.seq_len].contiguous()
