@@ -48,9 +48,9 @@ def cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def tinytransformer(task: dict) -> Callable[[], None]:
     from tinytransformer.devices import make_accelerator
+    from tinytransformer.fast import fast_loss
     from tinytransformer.generate import SampleConfig, generate
     from tinytransformer.model import ModelConfig, Transformer
-    from tinytransformer.runs import fast_loss
     from tinytransformer.train import Objective, TrainConfig, make_optimizer, train_step
 
     model = Transformer(

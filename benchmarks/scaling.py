@@ -20,8 +20,8 @@ from benchmarks import run
 from tinytransformer.corpus import prepare
 from tinytransformer.data import DataConfig
 from tinytransformer.devices import make_accelerator
+from tinytransformer.fast import fast_loss
 from tinytransformer.model import ModelConfig, Transformer, count_parameters
-from tinytransformer.runs import fast_loss
 from tinytransformer.train import TrainConfig, evaluate, fit
 
 HERE = Path(__file__).parent

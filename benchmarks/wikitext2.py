@@ -33,10 +33,12 @@ from tinytransformer.config import config_file, make_config, read_config
 from tinytransformer.corpus import Corpus, prepare
 from tinytransformer.data import DataConfig
 from tinytransformer.devices import make_accelerator
+from tinytransformer.engine import complete
+from tinytransformer.fast import fast_loss
 from tinytransformer.files import read_json, read_rows
-from tinytransformer.generate import SampleConfig, complete
+from tinytransformer.generate import SampleConfig
 from tinytransformer.model import ModelConfig, Transformer, count_parameters
-from tinytransformer.runs import fast_loss, load_run, train_run
+from tinytransformer.runs import load_run, train_run
 from tinytransformer.train import Stopped, TrainConfig, evaluate, fit, perplexities
 
 HERE = Path(__file__).parent

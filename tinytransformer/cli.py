@@ -40,11 +40,12 @@ from .config import PACKAGED, config_file, make_config, read_config
 from .corpus import Corpus, prepare
 from .data import SPLITS, DataConfig
 from .devices import OtherRankFailed, fast_products, on_main, processes
+from .engine import compare, complete, stream
+from .fast import fast_loss
 from .files import InputError, check, read_json, read_rows, write_whole
-from .generate import SampleConfig, compare, complete, stream
+from .generate import SampleConfig
 from .model import ModelConfig, count_parameters, parameter_formula
 from tinytransformer.runs import (
-    fast_loss,
     EXCESS,
     RECALL,
     TRAINED,

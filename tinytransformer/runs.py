@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXCESS', 'RECALL', 'TRAINED_FOLDER', 'TRAINED', 'installed_version', 'processor', 'environment', 'git_commit',
-           'run_lock', 'check_new_folder', 'check_run_folder', 'is_compile_error', 'explain_errors', 'fast_loss',
-           'summary', 'near_floor', 'compare_with_floor', 'Job', 'resolve_settings', 'train_run',
+           'run_lock', 'check_new_folder', 'check_run_folder', 'is_compile_error', 'explain_errors', 'summary',
+           'near_floor', 'compare_with_floor', 'Job', 'resolve_settings', 'train_run', 'build_model',
            'describe_checkpoints', 'train_model', 'whole_model', 'write_settings', 'write_results', 'begun_from',
            'first_weights', 'Run', 'read_run_config', 'read_run_tokenizer', 'load_run']
 
@@ -33,7 +33,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
-from torch import nn
 
 from . import __version__
 from tinytransformer.checkpoint import (
@@ -56,6 +55,7 @@ from tinytransformer.devices import (
     on_main,
     processes,
 )
+from .fast import fast_loss, recompute_blocks, use_fast_kernels
 from tinytransformer.files import (
     InputError,
     check,
@@ -239,11 +239,6 @@ def explain_errors(run: Path) -> Iterator[None]:
         ) from error
 
 # %% ../nbs/appendix/runs.ipynb #82f29ad4
-def fast_loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    "The loss of `plain_loss`, without holding all logits at once; where `y` is -100, none."
-    return model(x, y=y.masked_fill(y == -100, -1))
-
-
 def summary(
     corpus: Corpus,
     steps: int,  # done
@@ -351,7 +346,7 @@ def train_run(
     trackers = Trackers(train.track, run, job.config)
     on_main(lambda: check_run_folder(run, job.config, resume))
     set_seed(train.seed)
-    net = Transformer(job.model)  # before anything is written, should the memory not suffice
+    net = build_model(job)  # before anything is written, should the memory not suffice
     weights = first_weights(job.model) if job.model.from_hf and not resume else None
     with explain_errors(run), run_lock(run), deterministic_kernels(accelerator.device):
         # again, now that nobody else can change it
@@ -368,6 +363,15 @@ def train_run(
         finally:
             run_log.close()
     return load_run(run)
+
+
+def build_model(job: Job) -> Transformer:
+    "The model of a run, with the kernels that are fast here, and recomputation if it is asked for."
+    model = Transformer(job.model)
+    use_fast_kernels(model)
+    if job.train.recompute:
+        recompute_blocks(model)
+    return model
 
 
 def describe_checkpoints(job: Job, here: dict) -> dict:  # of `environment`
@@ -600,6 +604,7 @@ def load_run(
     config, shape = read_run_config(folder)
     try:
         model = Transformer(shape)
+        use_fast_kernels(model)
     except InputError as error:
         raise InputError(f"{folder / 'config.yaml'}: {error}") from error
     found = [folder / name for name in ("best", "last") if (folder / name).is_dir()]

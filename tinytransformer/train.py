@@ -560,7 +560,6 @@ def set_up(
         raise InputError(
             "train.optimizer is muon, which needs whole matrices, but FSDP cuts them: give adamw"
         )
-    model.recompute = cfg.recompute
     if cfg.compile:
         # block by block, since all blocks share what is compiled; the loss stays as it is
         for block in model.blocks:
