@@ -188,7 +188,11 @@ MAY_CHANGE = {
 }
 
 
-def check_unchanged(run: Path, old: dict, new: dict) -> None:  # section -> field -> value
+def check_unchanged(
+    run: Path,
+    old: dict,  # section -> field -> value
+    new: dict,  # likewise
+) -> None:
     """Raise `InputError` where a setting that a run keeps for life differs in `new`; one that is
     missing in `old` had its default.
     """

@@ -237,7 +237,9 @@ def unfinished(
     )
 
 
-def resumable(args: list[str]) -> list[str]:  # of train
+def resumable(
+    args: list[str],  # of train
+) -> list[str]:
     """The same command line with a folder after `--resume`, and with the configuration of that run
     unless another is given.
     """
@@ -360,7 +362,9 @@ def prepare_command(cfg: Namespace) -> None:
     )
 
 # %% ../nbs/appendix/command_line.ipynb #3b52175c
-def new_folder(name: str) -> Path:  # of the configuration
+def new_folder(
+    name: str,  # of the configuration
+) -> Path:
     "`runs/name`, or the first of `runs/name-2`, `runs/name-3`, ... that is not there yet."
     for k in count(1):
         path = Path("runs") / (name if k == 1 else f"{name}-{k}")
@@ -761,7 +765,9 @@ def out_of_memory(error: Exception) -> bool:
     )
 
 
-def main(args: list[str] | None = None) -> None:  # the command line, if not the process's own
+def main(
+    args: list[str] | None = None,  # the command line, if not the process's own
+) -> None:
     "The command `tinytransformer`; with `--traceback`, errors also show where they came from."
     # a terminal that lacks a character shows ?
     if hasattr(sys.stdout, "reconfigure"):

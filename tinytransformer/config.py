@@ -57,7 +57,9 @@ def read_config(path: str | Path) -> dict[str, dict]:  # section -> field -> val
 Config = TypeVar("Config")
 
 
-def describe_type(wanted: object) -> str:  # of a dataclass's field
+def describe_type(
+    wanted: object,  # of a dataclass's field
+) -> str:
     "A type as a message names it: int, `int | None`, or the choices that there are."
     if get_origin(wanted) is Literal:
         *others, last = map(str, get_args(wanted))
@@ -65,7 +67,10 @@ def describe_type(wanted: object) -> str:  # of a dataclass's field
     return getattr(wanted, "__name__", str(wanted))
 
 
-def has_type(value: object, wanted: object) -> bool:  # of a dataclass's field
+def has_type(
+    value: object,
+    wanted: object,  # of a dataclass's field
+) -> bool:
     """Whether a value from a YAML file has the type of a field; an int will do for a float. What is
     in a list or a dictionary, the dataclass checks itself.
     """

@@ -175,7 +175,11 @@ def check_new_folder(run: Path) -> None:
         raise InputError(f"{run} holds something already: choose another folder, or delete it")
 
 
-def check_run_folder(run: Path, config: dict, resume: bool) -> None:  # section -> field -> value
+def check_run_folder(
+    run: Path,
+    config: dict,  # section -> field -> value
+    resume: bool,
+) -> None:
     "Raise `InputError` for a folder that this training must not write to."
     if not resume:
         return check_new_folder(run)
@@ -262,7 +266,9 @@ def summary(
 EXCESS, RECALL = 0.03, 0.98
 
 
-def near_floor(summary: dict) -> bool:  # with the entries of `compare_with_floor`
+def near_floor(
+    summary: dict,  # with the entries of `compare_with_floor`
+) -> bool:
     "Whether a model of TinyWiki has learned nearly all there is to learn."
     return summary["sliding_loss"] <= summary["floor"] + EXCESS and summary["fact_recall"] >= RECALL
 
@@ -374,7 +380,10 @@ def build_model(job: Job) -> Transformer:
     return model
 
 
-def describe_checkpoints(job: Job, here: dict) -> dict:  # of `environment`
+def describe_checkpoints(
+    job: Job,
+    here: dict,  # of `environment`
+) -> dict:
     "What each checkpoint says of itself, besides its step and its metrics."
     return dict(
         config=job.config,

@@ -98,7 +98,10 @@ class Trackers:
             write_whole(kept, json.dumps(dict(run_id=tracker.tracker.info.run_id)))
         self.using[name] = tracker
 
-    def each(self, action: Callable) -> None:  # gets name and tracker
+    def each(
+        self,
+        action: Callable,  # gets name and tracker
+    ) -> None:
         "Do something with every tracker that still works."
         for name, tracker in list(self.using.items()):
             try:

@@ -223,7 +223,10 @@ def batches(
             yield torch.stack(x), torch.stack(y)
 
 # %% ../nbs/05_train.ipynb #9e49cfb7
-def learning_rate(step: int, cfg: TrainConfig) -> float:  # 1 to max_steps
+def learning_rate(
+    step: int,  # 1 to max_steps
+    cfg: TrainConfig,
+) -> float:
     """Linear warm-up, then the cosine (Loshchilov & Hutter, 2017), the constant rate, or the late
     linear decay (wsd; Hu et al., 2024) of `cfg.schedule`.
     """
@@ -670,7 +673,9 @@ def lr_range_test(
     return rows
 
 
-def plot_lr_range(rows: list[dict]):  # of lr_range_test  # a matplotlib figure
+def plot_lr_range(
+    rows: list[dict],  # of lr_range_test
+):  # a matplotlib figure
     """Loss against the learning rate, with the rate at which it was lowest and the rate ten times
     smaller, which is on the safe side.
     """
