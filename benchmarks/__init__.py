@@ -10,4 +10,4 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        raise SystemExit(str(error))
+        raise SystemExit(str(error)) from None

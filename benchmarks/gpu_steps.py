@@ -36,6 +36,7 @@ from tinytransformer.data import DataConfig
 from tinytransformer.embeddings import drop
 from tinytransformer.files import InputError, read_json, read_rows
 from tinytransformer.generate import KVCache, SampleConfig, complete, extend, generate
+from tinytransformer.hf import to_hf
 from tinytransformer.model import (
     ModelConfig,
     Transformer,
@@ -43,7 +44,6 @@ from tinytransformer.model import (
     flops_per_token,
     head_loss,
     next_token_loss,
-    to_hf,
 )
 from tinytransformer.train import (
     Stopped,

@@ -304,7 +304,7 @@ def recipe(args: argparse.Namespace) -> None:
             if not (run / "summary.json").exists():
                 train_run(run, data, model, train, resume=(run / "config.yaml").exists())
         except Stopped as stopped:
-            raise SystemExit(f"{stopped}: the same command goes on from there")
+            raise SystemExit(f"{stopped}: the same command goes on from there") from None
         found, corpus, metrics = load_run(run), prepare(data), read_rows(run / "metrics.jsonl")
         stride = found.model.cfg.seq_len // 4
         tokens = [m["tokens_per_second"] for m in metrics]

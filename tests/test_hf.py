@@ -24,7 +24,8 @@ from torch.testing import assert_close
 
 from tinytransformer.cli import main
 from tinytransformer.generate import KVCache, SampleConfig, complete, extend
-from tinytransformer.model import Transformer, hf_names, next_token_loss, to_hf, turned
+from tinytransformer.hf import from_hf, hf_names, is_transposed, to_hf
+from tinytransformer.model import Transformer, next_token_loss
 from tinytransformer.train import load_run
 
 WITHOUT_US = """
@@ -32,10 +33,13 @@ import json, sys
 sys.modules["tinytransformer"] = None  # whoever imports it gets an error
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval(), AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 ids = tokenizer(sys.argv[2], return_tensors="pt").input_ids
-with torch.no_grad(): logits = model(ids).logits[0, -1]
-print(json.dumps(dict(type=model.config.model_type, activation=model.config.activation_function, ids=ids[0].tolist(), logits=logits.tolist())))
+with torch.no_grad():
+    logits = model(ids).logits[0, -1]
+config = dict(type=model.config.model_type, activation=model.config.activation_function)
+print(json.dumps(config | dict(ids=ids[0].tolist(), logits=logits.tolist())))
 """
 
 
@@ -67,7 +71,7 @@ def twin(shape: dict):
 
 def opened(folder: Path, theirs) -> Transformer:
     theirs.save_pretrained(folder)
-    return Transformer.from_hf(str(folder))
+    return from_hf(str(folder))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -88,7 +92,7 @@ def test_twins(shape, tmp_path):
     assert set(names.values()) == {name for name, _ in theirs.named_parameters()}
     for name, p in mine.named_parameters():
         there = theirs.get_parameter(names[name]).grad
-        assert_close(p.grad, there.T if turned(name) else there, rtol=1e-7, atol=1e-10)
+        assert_close(p.grad, there.T if is_transposed(name) else there, rtol=1e-7, atol=1e-10)
     room, past = KVCache.empty(mine, rows=2, capacity=x.shape[1]), None
     with torch.no_grad():
         for start, end in ((0, 3), (3, 4), (4, x.shape[1])):  # a prompt, a token, the rest
@@ -114,7 +118,7 @@ def test_there_and_back(shape, tmp_path):
     to_hf(mine).save_pretrained(tmp_path / "back")
     back, again = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "back"),
-        Transformer.from_hf(tmp_path / "back"),
+        from_hf(tmp_path / "back"),
     )
     assert back.state_dict().keys() == theirs.state_dict().keys()
     assert all(
@@ -131,7 +135,7 @@ def test_reading_draws_nothing(tmp_path):
     "No random number is drawn, and training the copy leaves the original alone."
     theirs = twin(SHAPES[0])
     before, state = copy.deepcopy(theirs.state_dict()), torch.get_rng_state()
-    mine = Transformer.from_hf(theirs)
+    mine = from_hf(theirs)
     assert torch.equal(torch.get_rng_state(), state)
     with torch.no_grad():
         for p in mine.parameters():
@@ -158,15 +162,15 @@ def test_as_openai_wrote_it(tmp_path):
     }
     assert "lm_head.weight" in old
     safetensors.torch.save_file(old, tmp_path / "model.safetensors")
-    found = Transformer.from_hf(tmp_path)
+    found = from_hf(tmp_path)
     assert all(
         torch.equal(p, q)
-        for p, q in zip(found.parameters(), Transformer.from_hf(theirs).parameters(), strict=True)
+        for p, q in zip(found.parameters(), from_hf(theirs).parameters(), strict=True)
     )
     safetensors.torch.save_file(
         {name: weight.half() for name, weight in old.items()}, tmp_path / "model.safetensors"
     )
-    assert {p.dtype for p in Transformer.from_hf(tmp_path).parameters()} == {torch.float32}
+    assert {p.dtype for p in from_hf(tmp_path).parameters()} == {torch.float32}
 
 
 class OneModel(BaseHTTPRequestHandler):
@@ -207,9 +211,9 @@ def test_a_name_on_the_hub(tmp_path):
     theirs.save_pretrained(tmp_path / "model")
     (tmp_path / "model/pytorch_model.bin").write_bytes(b"could run any code")
     code = (
-        "import sys; from tinytransformer.model import Transformer;"
+        "import sys; from tinytransformer.hf import from_hf;"
         " print(sum(p.double().sum().item() for p in"
-        " Transformer.from_hf('someone/twin').parameters()))"
+        " from_hf('someone/twin').parameters()))"
     )
     with ThreadingHTTPServer(("127.0.0.1", 0), OneModel) as server:
         server.folder, server.asked = tmp_path / "model", []

@@ -171,8 +171,8 @@ def test_imports_go_one_way():
         if module in ALONE:
             wrong |= others
         if module in CHAPTERS:
-            # corpus: of what is still to be moved out of 04 and 05
-            wrong |= others - {*CHAPTERS[: CHAPTERS.index(module)], *ALONE, "corpus"}
+            # corpus and hf: of what is still to be moved out of 05
+            wrong |= others - {*CHAPTERS[: CHAPTERS.index(module)], *ALONE, "corpus", "hf"}
         assert not wrong, f"{module} imports {wrong}"
 
 

@@ -22,7 +22,6 @@ from tinytransformer.train import (
     evaluate,
     load_run,
     near_floor,
-    processor,
     read_config,
     same_text,
 )

@@ -71,7 +71,7 @@ from tinytransformer.files import (
     whole_folder,
     write_whole,
 )
-from .model import ModelConfig, Transformer, hf_folder, hf_shape, next_token_loss
+from .model import ModelConfig, Transformer, next_token_loss
 
 # %% ../nbs/05_train.ipynb #f54aa961
 @dataclass
@@ -1570,6 +1570,8 @@ def begun_from(
         )
         tokenizer = kept.tokenizer
     else:
+        from tinytransformer.hf import hf_folder, hf_shape
+
         folder = hf_folder(model.from_hf)
         theirs, tokenizer = (
             hf_shape(folder),
@@ -1614,10 +1616,9 @@ def begun_from(
 
 def first_weights(model: ModelConfig) -> dict[str, torch.Tensor]:  # with a `from_hf`
     "The weights to begin with: those of a GPT-2, with as many of its positions as are asked for."
-    weights = {
-        name: weight.detach()
-        for name, weight in Transformer.from_hf(model.from_hf).named_parameters()
-    }
+    from tinytransformer.hf import from_hf
+
+    weights = {name: weight.detach() for name, weight in from_hf(model.from_hf).named_parameters()}
     return weights | {
         "embeddings.position.weight": (
             weights["embeddings.position.weight"][: model.seq_len].contiguous()
