@@ -33,16 +33,16 @@ import transformers
 from benchmarks.wikitext2 import word_perplexity
 from tinytransformer.corpus import Corpus, load_corpus, processed_dir
 from tinytransformer.data import DataConfig
-from tinytransformer.embeddings import drop
+from tinytransformer.engine import complete
+from tinytransformer.fast import drop, fast_loss, head_loss
 from tinytransformer.files import InputError, read_json, read_rows
-from tinytransformer.generate import KVCache, SampleConfig, complete, extend, generate
+from tinytransformer.generate import KVCache, SampleConfig, extend, generate
 from tinytransformer.hf import to_hf
 from tinytransformer.model import (
     ModelConfig,
     Transformer,
     count_parameters,
     flops_per_token,
-    head_loss,
     next_token_loss,
 )
 from tinytransformer.train import (
@@ -253,7 +253,7 @@ def model_against_cpu(bench: Bench, name: str) -> None:
                     block.compile()
             with bench.autocast(precision):
                 logits = net(x.to(bench.device))
-                loss = net(x.to(bench.device), y=y.to(bench.device))
+                loss = fast_loss(net, x.to(bench.device), y.to(bench.device))
             loss.backward()
             errors = dict(
                 logits=relative_error([logits], [exact_logits]),
@@ -372,7 +372,7 @@ def dropout_seeds(bench: Bench) -> None:
         losses = []
         for seed in (0, 0, 1):
             torch.manual_seed(seed)
-            losses.append(model(tokens[:, :-1], y=tokens[:, 1:]).item())
+            losses.append(fast_loss(model, tokens[:, :-1], tokens[:, 1:]).item())
         bench.report(
             dict(
                 what="dropout: a model's loss, once for a seed and different for another",

@@ -21,7 +21,8 @@ import httpx
 import numpy as np
 import psutil
 
-from tinytransformer.generate import SampleConfig, complete
+from tinytransformer.engine import complete
+from tinytransformer.generate import SampleConfig
 from tinytransformer.train import load_run
 
 HERE = Path(__file__).parent

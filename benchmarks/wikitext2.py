@@ -32,7 +32,8 @@ from benchmarks import run
 from tinytransformer.corpus import Corpus, prepare
 from tinytransformer.data import DataConfig
 from tinytransformer.files import read_json, read_rows
-from tinytransformer.generate import SampleConfig, complete
+from tinytransformer.engine import complete
+from tinytransformer.generate import SampleConfig
 from tinytransformer.model import ModelConfig, Transformer, count_parameters
 from tinytransformer.train import (
     Stopped,

@@ -16,7 +16,7 @@ from tinytransformer import cli
 from tinytransformer.corpus import load_corpus
 from tinytransformer.data import Blocks, encode_rows
 from tinytransformer.files import is_write_error, read_rows
-from tinytransformer.generate import draw_token, readable
+from tinytransformer.generate import draw_token, encode_prompt
 from tinytransformer.train import Trackers, train_run
 
 COMMAND = str(Path(sys.executable).with_name("tinytransformer"))
@@ -99,8 +99,8 @@ def test_prompts_get_no_special_tokens(workspace):
     "A tokenizer may add them to every text; the training text had none, so a prompt has none."
     tokenizer = load_corpus(next((workspace / "data/processed").iterdir())).tokenizer
     tokenizer.post_processor = TemplateProcessing(single="! $A !", special_tokens=[("!", 0)])
-    assert tokenizer.encode("The").ids != readable(tokenizer, "The")
-    assert encode_rows(["The"], tokenizer, "row").tolist() == readable(tokenizer, "The")
+    assert tokenizer.encode("The").ids != encode_prompt(tokenizer, "The")
+    assert encode_rows(["The"], tokenizer, "row").tolist() == encode_prompt(tokenizer, "The")
 
 
 def test_an_unknown_argument_is_refused():

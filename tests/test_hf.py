@@ -23,7 +23,8 @@ from conftest import SMALL
 from torch.testing import assert_close
 
 from tinytransformer.cli import main
-from tinytransformer.generate import KVCache, SampleConfig, complete, extend
+from tinytransformer.engine import complete
+from tinytransformer.generate import KVCache, SampleConfig, extend
 from tinytransformer.hf import from_hf, hf_names, is_transposed, to_hf
 from tinytransformer.model import Transformer, next_token_loss
 from tinytransformer.train import load_run

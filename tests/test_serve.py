@@ -32,7 +32,8 @@ from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 
 from tinytransformer.cli import main
-from tinytransformer.generate import Batch, SampleConfig, begin, complete, stream
+from tinytransformer.engine import Batch, complete, start_batch, stream
+from tinytransformer.generate import SampleConfig
 from tinytransformer.serve import ServeConfig, make_app
 from tinytransformer.train import load_run
 
@@ -269,7 +270,7 @@ def test_logprobs(client, run, prompt):
         model="small", prompt=prompt, max_tokens=20, seed=2, temperature=0.7, logprobs=3, echo=True
     ).choices[0]
     rows = (
-        batch := begin(
+        batch := start_batch(
             run.model,
             [run.tokenizer.encode(prompt).ids],
             SampleConfig(max_new_tokens=20, seed=2, temperature=0.7),

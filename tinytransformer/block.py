@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from .attention import LayerCache, MultiHeadAttention
-from .embeddings import Dropout
 
 # %% ../nbs/03_block.ipynb #53749a23
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": lambda: nn.GELU(approximate="tanh")}
@@ -80,7 +79,7 @@ class Block(nn.Module):
         )
         self.norm2 = NORMS[norm](embed_dim)
         self.ffn = feed_forward(embed_dim, activation)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self,

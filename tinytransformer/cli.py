@@ -44,8 +44,9 @@ from . import __version__, tinywiki
 from .__main__ import COMMANDS
 from .corpus import Corpus, prepare
 from .data import SPLITS, DataConfig
+from .engine import compare, complete, stream
 from .files import InputError, read_json, read_rows, write_whole
-from .generate import SampleConfig, compare, complete, stream
+from .generate import SampleConfig
 from .model import ModelConfig, count_parameters, parameter_formula
 from tinytransformer.train import (
     EXCESS,

@@ -4,18 +4,16 @@
 
 # %% auto #0
 __all__ = ['INIT_STD', 'ModelConfig', 'init_weights', 'Cache', 'Transformer', 'next_token_loss', 'count_parameters',
-           'parameter_formula', 'flops_per_token', 'HeadLoss', 'head_loss']
+           'parameter_formula', 'flops_per_token']
 
 # %% ../nbs/04_model.ipynb #a6b57d30
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .attention import LayerCache
 from .block import ACTIVATIONS, NORMS, Block, swiglu_dim
@@ -119,9 +117,6 @@ class Cache(Protocol):
 class Transformer(nn.Module):
     "A decoder-only Transformer language model (Radford et al., 2019)."
 
-    # while training: forget what lies inside the blocks, and compute it again on the way back
-    recompute = False
-
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         check(
@@ -167,6 +162,11 @@ class Transformer(nn.Module):
         if cfg.tie_weights:
             self.head.weight = self.embeddings.token.weight
 
+    @staticmethod
+    def call_block(block: Block, *args: object) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        "Run a block; the appendix on the fast path can let it forget its inner values."
+        return block(*args)
+
     def hidden(
         self,
         x: torch.Tensor,  # (B, T) token ids
@@ -180,10 +180,7 @@ class Transformer(nn.Module):
             positions = after if positions is None else positions
         h, weights = self.embeddings(x, positions), []
         for i, block in enumerate(self.blocks):
-            if self.recompute and self.training and cache is None and not return_weights:
-                h = checkpoint(block, h, None, positions, use_reentrant=False)
-                continue
-            h = block(h, cache and cache.layer(i), positions, return_weights)
+            h = self.call_block(block, h, cache and cache.layer(i), positions, return_weights)
             if return_weights:
                 h, w = h
                 weights.append(w)
@@ -204,13 +201,18 @@ class Transformer(nn.Module):
         h = self.hidden(x, cache, positions, return_weights)
         if return_weights:
             h, weights = h
-        answer = self.head(h) if y is None else head_loss(h, self.head.weight, y)
+        if y is None:
+            answer = self.head(h)
+        else:
+            from tinytransformer.fast import head_loss
+
+            answer = head_loss(h, self.head.weight, y)
         return (answer, weights) if return_weights else answer
 
 # %% ../nbs/04_model.ipynb #3bd5a286
 def next_token_loss(
-    logits: torch.Tensor,
-    y: torch.Tensor,  # (B, T, V)  # (B, T) the tokens that came next
+    logits: torch.Tensor,  # (B, T, V)
+    y: torch.Tensor,  # (B, T) the tokens that came next; -100 leaves a position out
 ) -> torch.Tensor:  # scalar
     "Mean cross-entropy in nats per token."
     return F.cross_entropy(logits.flatten(0, 1), y.flatten())
@@ -261,94 +263,3 @@ def flops_per_token(
         "feed-forward": N * 2 * matrices * C * cfg.ffn_dim,
         "head": 2 * C * V,
     }
-
-# %% ../nbs/04_model.ipynb #45a9fddf
-class HeadLoss(torch.autograd.Function):
-    "Mean next-token loss from the last hidden vectors, some rows at a time; use `head_loss`."
-
-    # at a time, in 16 bits: enough for fast products, few enough to be a small part of the memory;
-    # a quarter of it in wider numbers
-    ROWS = 1024
-
-    @staticmethod
-    def forward(
-        ctx,
-        h: torch.Tensor,  # (N, C)
-        weight: torch.Tensor,  # (V, C) of the head
-        y: torch.Tensor,  # (N,)
-        dtype: torch.dtype,  # of the products
-        learning: bool,  # whether the gradient is wanted
-    ) -> torch.Tensor:  # scalar
-        (N, C), V, W = h.shape, len(weight), weight.to(dtype)
-        rows, exact = (
-            (HeadLoss.ROWS, torch.float32) if dtype.itemsize < 4 else (HeadLoss.ROWS // 4, dtype)
-        )
-        # each row begins at a multiple of 64 numbers
-        room, losses = (
-            h.new_empty(min(N, rows), -(-V // 64) * 64, dtype=dtype),
-            h.new_empty(N, dtype=exact),
-        )
-        if learning:
-            dh, dW = torch.empty_like(h), torch.zeros_like(weight, dtype=exact)
-        for start in range(0, N, rows):
-            part = slice(start, start + rows)
-            x, target = h[part].to(dtype), y[part]
-            z = room[: len(x)]
-            z[:, V:] = -math.inf  # no token stands there
-            torch.mm(x, W.T, out=z[:, :V])  # the logits of these rows
-            if not learning:
-                losses[part] = F.cross_entropy(z[:, :V].to(exact), target, reduction="none")
-                continue
-            p, came = (
-                torch.softmax(z, dim=1, out=z),
-                (torch.arange(len(x), device=h.device), target),
-            )
-            right = p[came].to(exact)
-            p[came] = 0
-            others = p.sum(dim=1)  # 1 - right, with all its digits where it is small
-            p[came] = -others  # p - e_y
-            losses[part] = torch.where(right > 0.5, -torch.log1p(-others.to(exact)), -right.log())
-            # too small for a logarithm
-            if (far := right < 1e-30).any():
-                losses[part][far] = F.cross_entropy(
-                    (x[far] @ W.T).to(exact), target[far], reduction="none"
-                )
-            p = p[:, :V]
-            dh[part] = p @ W
-            if exact == dtype:
-                dW.addmm_(p.T, x)
-            else:
-                dW += p.T @ x  # sums in float32
-        if learning:
-            ctx.save_for_backward(dh, dW)
-        return losses.mean()
-
-    @staticmethod
-    def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "head_loss has no second derivative: take next_token_loss of the logits"
-            )
-        dh, dW = ctx.saved_tensors
-        return dh * (grad / len(dh)), dW * (grad / len(dh)), None, None, None
-
-
-def head_loss(
-    h: torch.Tensor,  # (B, T, C) after the last norm
-    weight: torch.Tensor,  # (V, C) of the head
-    # (B, T) the tokens that came next; where no gradient is asked for, places with -1 are left out
-    y: torch.Tensor,
-) -> torch.Tensor:  # scalar
-    """The mean next-token loss in nats, equal to that of the logits, which are never there all at
-    once.
-    """
-    device = h.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else h.dtype
-    learning = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
-    h, y = h.flatten(0, 1), y.flatten()
-    if not learning:
-        h, y = h[y >= 0], y[y >= 0]
-    # it casts by itself, and on CUDA autocast would turn its 16-bit sums into float32
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        return HeadLoss.apply(h, weight, y, dtype, learning)

@@ -42,9 +42,9 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from tokenizers import Tokenizer
 
 from .attention_map import attention_map, look, token_texts
-from .embeddings import check_ids
+from .engine import Batch, Row, StreamDecoder
 from .files import InputError, check
-from .generate import Batch, Row, SampleConfig, Text, readable
+from .generate import SampleConfig, encode_prompt
 from .model import Transformer
 from .train import Run
 
@@ -564,10 +564,16 @@ class Decoder:
         "A token for everyone."
         written = self.batch.step() if self.batch.rows else []
         told = [
-            (self.running.pop(w.row) if w.row.reason else self.running[w.row], w) for w in written
+            (self.running.pop(w.row) if w.row.finish_reason else self.running[w.row], w)
+            for w in written
         ]
         return [
-            (choice, Piece(choice.index, w.piece, [w.id], [w.logprob], [w.top], w.row.reason))
+            (
+                choice,
+                Piece(
+                    choice.index, w.text, [w.id], [w.logprob], [w.top_logprobs], w.row.finish_reason
+                ),
+            )
             for choice, w in told
         ]
 
@@ -584,7 +590,7 @@ class Scores:
         tokenizer: Tokenizer,
         before: list[int],  # tokens that are not told, but stand in the text
     ):
-        self.tokenizer, self.text, self.place = tokenizer, Text(tokenizer), 0
+        self.tokenizer, self.text, self.place = tokenizer, StreamDecoder(tokenizer), 0
         for token in before:
             self.begins(token)
 
@@ -619,7 +625,7 @@ def prompts_of(
 ) -> list[tuple[list[int], str]]:  # token ids and text of each
     "The forms a prompt may have."
     if isinstance(prompt, str):
-        return [(readable(tokenizer, prompt), prompt)]
+        return [(encode_prompt(tokenizer, prompt), prompt)]
     if isinstance(prompt[0], int):
         return [(prompt, tokenizer.decode(prompt))]
     return [each for part in prompt for each in prompts_of(tokenizer, part)]
@@ -1004,7 +1010,7 @@ def make_app(run: Run, cfg: ServeConfig) -> FastAPI:
     @api.post("/attention")
     async def attention(body: AttentionRequest) -> dict[str, Any]:
         "What attention_map.js draws: the weights of all heads for a text."
-        ids = await asyncio.to_thread(readable, run.tokenizer, body.prompt)
+        ids = await asyncio.to_thread(encode_prompt, run.tokenizer, body.prompt)
         T, heads = len(ids), run.model.cfg.num_layers * run.model.cfg.num_heads
         if T < 2:
             raise Refused(

@@ -442,7 +442,7 @@ def evaluate(
         # (B, T + 1)
         tokens = torch.stack([stream[end - T : end + 1] for end in ends]).long().to(device)
         counts = torch.arange(T) >= T - counted[:, None]  # (B, T): the last ones of each window
-        loss = model(tokens[:, :-1], y=tokens[:, 1:].masked_fill(~counts.to(device), -1))
+        loss = model(tokens[:, :-1], y=tokens[:, 1:].masked_fill(~counts.to(device), -100))
         # if not, the pass is only made because the others make one
         if counts.any():
             total += loss.cpu().double() * counts.sum()
@@ -750,7 +750,10 @@ def fit(
     `Diverged`; with `checkpoints` also `Stopped`, on Ctrl-C or SIGTERM.
     """
     accelerator = accelerator or make_accelerator(cfg)
-    model.recompute = cfg.recompute
+    if cfg.recompute:
+        from tinytransformer.fast import recompute_blocks
+
+        recompute_blocks(model)
     if cfg.compile:
         # not the whole: blocks are alike and share what is compiled, and the loss, whose loop
         # writes the same memory again and again, stays as it is
@@ -1508,7 +1511,10 @@ def train_run(
     trackers = Trackers(train.track, run, config)
     on_main(lambda: refuse(run, config, resume))
     set_seed(train.seed)
+    from tinytransformer.fast import use_fast_kernels
+
     net = Transformer(model)  # before anything is written, should the memory not suffice
+    use_fast_kernels(net)
     given = first_weights(model) if model.from_hf and not resume else None
     if given:
         load_weights(net, given)
@@ -1705,6 +1711,8 @@ def load_run(
     checkpoint: str = "best",  # or last, which also stands in as long as there is no best
 ) -> Run:
     "Open a run folder."
+    from tinytransformer.fast import use_fast_kernels
+
     folder = Path(folder)
     if not folder.is_dir():
         folder = TRAINED.get(str(folder), folder)
@@ -1718,6 +1726,7 @@ def load_run(
             check(section in config, f"there is no section {section}")
             make_config(cls, section, config[section])
         model = Transformer(ModelConfig(**config["model"]))
+        use_fast_kernels(model)
     except InputError as error:
         raise InputError(f"{folder / 'config.yaml'}: {error}") from error
     # best is not there before the first look

@@ -1,0 +1,313 @@
+"""The engine on a model that is a simple sum, and text in pieces for every kind of tokenizer."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tinytransformer.engine import Batch, StreamDecoder, complete, start_batch, stream
+from tinytransformer.files import InputError
+from tinytransformer.generate import SampleConfig, generate, window_length
+
+V, CONTEXT = 11, 16
+WORDS = {"[UNK]": 0, "the": 1, "cat": 2, "sat": 3, "##s": 4, ".": 5, "on": 6, "mat": 7, "##ty": 8}
+FRUIT = SampleConfig(max_new_tokens=6, temperature=0.0)
+
+
+class MockModel:
+    """What follows a text is a sum over the tokens that the cache shows, modulo V: so each token
+    that is lost, doubled or taken from another row changes all that comes after it.
+    """
+
+    training = False
+    cfg = SimpleNamespace(
+        vocab_size=V, seq_len=CONTEXT, num_layers=1, num_heads=1, head_dim=1, embed_dim=1
+    )
+    head = SimpleNamespace(weight=torch.eye(V))
+
+    def __init__(self):
+        self.shapes = []  # of all that was read
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
+
+    def hidden(self, ids, cache):  # (B, T) -> (B, T, V)
+        self.shapes.append(tuple(ids.shape))
+        cache.extend(ids.shape[1])
+        keys, _, mask = cache.layer(0).append(*[ids[:, None, :, None].float()] * 2)
+        weights = torch.arange(1, keys.shape[2] + 1)  # the position counts too
+        sums = (mask[:, 0] * weights * (keys[:, 0, :, 0] + 1)[:, None]).sum(dim=-1)  # (B, T)
+        logits = torch.nn.functional.one_hot(sums.long() % V, V).float()
+        return logits * 1.5  # 40 % of the probability for this token
+
+
+def next_token(text):
+    window = text[-window_length(len(text), CONTEXT) :]
+    return sum(t * (token + 1) for t, token in enumerate(window, 1)) % V
+
+
+def continued(text, n):
+    "What the mock model writes greedily, computed without a cache."
+    text = list(text)
+    for _ in range(n):
+        text.append(next_token(text))
+    return text
+
+
+@pytest.fixture
+def model():
+    return MockModel()
+
+
+def finish(batch):
+    rows = list(batch.rows)
+    for _ in batch.run():
+        pass
+    return [row.ids for row in rows]
+
+
+def test_each_row_is_as_if_alone(model):
+    "Prompts of every length that the context allows, past its edge, all in one batch."
+    prompts = [[(3 * n + i) % V for i in range(n)] for n in range(1, CONTEXT + 1)]
+    batch = start_batch(model, prompts, SampleConfig(max_new_tokens=40, temperature=0.0))
+    assert finish(batch) == [continued(prompt, 40) for prompt in prompts]
+
+
+def test_rows_are_those_of_generate(model):
+    "The same seed, the same tokens; rows that are alike draw apart."
+    prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [4, 5, 6], [9, 8, 7]])
+    for settings in (
+        {},
+        dict(seed=5),
+        dict(temperature=0.0),
+        dict(top_p=0.7, temperature=1.5),
+        dict(repetition_penalty=1.5),
+        dict(frequency_penalty=0.7, presence_penalty=0.2),
+        dict(logit_bias={3: 2.0, 4: -float("inf")}),
+        dict(stop_tokens=[2, 7]),
+    ):
+        cfg = SampleConfig(max_new_tokens=30, **settings)
+        plain = generate(model, prompts, cfg)
+        rows = finish(start_batch(model, prompts.tolist(), cfg))
+        for row, wanted in zip(rows, plain.tolist()):
+            assert wanted[: len(row)] == row and set(wanted[len(row) :]) <= {row[-1]}, settings
+    sampled = generate(model, prompts, SampleConfig(max_new_tokens=30))
+    assert not sampled[1].equal(sampled[2])
+    assert not sampled.equal(generate(model, prompts, SampleConfig(max_new_tokens=30, seed=1)))
+
+
+def test_rows_come_and_go(model):
+    "At random moments; whatever was in the batch, each text is its own."
+    rng, batch, texts = random.Random(0), Batch(model, max_rows=5), []
+    for _ in range(400):
+        if len(batch.rows) < 5 and rng.random() < 0.4:
+            prompt = rng.choices(range(V), k=rng.randint(1, CONTEXT))
+            n = rng.randint(1, 30)
+            row = batch.add(prompt, SampleConfig(max_new_tokens=n, temperature=0.0))
+            texts.append((row, prompt))
+        if batch.rows and rng.random() < 0.1:
+            batch.remove(rng.choice(batch.rows))
+        if batch.rows:
+            batch.step()
+    assert len(texts) > 30
+    for row, prompt in texts:
+        assert row.ids == continued(prompt, len(row.written))
+        finished = len(row.written) == row.cfg.max_new_tokens
+        assert (row.finish_reason == "length") == finished
+
+
+def test_rows_of_different_settings_share_a_step(model):
+    "One pass of the model for all of them, and each is drawn with its own settings."
+    batch, alone = Batch(model, max_rows=4), []
+    settings = [dict(), dict(temperature=0.0), dict(seed=3), dict(frequency_penalty=1.0)]
+    for number, each in enumerate(settings):
+        cfg = SampleConfig(max_new_tokens=9, **each)
+        single = Batch(model, max_rows=1)
+        row = single.add([number, 2], cfg, number)
+        list(single.run())
+        alone.append(row.ids)
+        batch.add([number, 2], cfg, number)
+    assert len({row.controls for row in batch.rows}) == 3  # a seed is no control
+    model.shapes.clear()
+    assert finish(batch) == alone
+    assert model.shapes == [(4, 2)] + [(4, 1)] * 8
+
+
+def test_removing_one_row_leaves_the_others_alone(model):
+    batch = start_batch(model, [[1], [2], [3]], FRUIT)
+    first, second, third = batch.rows
+    batch.step()
+    batch.remove(first)
+    assert finish(batch) and first.ids == continued([1], 1)
+    assert second.ids == continued([2], 6) and third.ids == continued([3], 6)
+    with pytest.raises(InputError, match="the prompt is empty"):
+        batch.add([], FRUIT)
+
+
+def test_logprobs_are_the_models_own(model):
+    "Whatever the settings: of the token that came and of the likeliest ones."
+    batch = start_batch(model, [[1, 2]], SampleConfig(20, temperature=3.0), top_logprobs=2)
+    row = batch.rows[0]
+    for t, token in enumerate(batch.run(), 2):
+        logits = torch.nn.functional.one_hot(torch.tensor(next_token(row.ids[:t])), V) * 1.5
+        logprobs = logits.log_softmax(dim=-1)
+        assert token.logprob == pytest.approx(logprobs[token.id].item(), abs=1e-6)
+        best, other = token.top_logprobs.items()
+        assert best == (logits.argmax().item(), pytest.approx(logprobs.max().item()))
+        assert other[1] == pytest.approx(logprobs.min().item())
+
+
+def test_broken_logits_are_refused(model):
+    model.head = SimpleNamespace(weight=torch.eye(V) * float("nan"))
+    with pytest.raises(InputError, match="training diverged"):
+        start_batch(model, [[1]], FRUIT).step()
+    with pytest.raises(InputError, match="training diverged"):
+        generate(model, torch.tensor([[1]]), FRUIT)
+
+
+# --- text, piece by piece
+
+
+def wordpiece():
+    tokenizer = Tokenizer(models.WordPiece(WORDS, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def byte_level():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def metaspace():
+    pieces = [
+        ("<unk>", 0.0),
+        ("▁the", -1.0),
+        ("▁cat", -2.0),
+        ("s", -3.0),
+        ("▁", -3.5),
+        ("▁▁", -4.0),
+    ]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+def bytes_as_fallback():
+    "As in Llama: characters that have no token are written as bytes."
+    names = ["▁the", "▁cat", "s", "▁", *(f"<0x{byte:02X}>" for byte in "☃é".encode())]
+    vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+def word_ends():
+    tokenizer = Tokenizer(models.BPE({"the</w>": 0, "ca": 1, "t</w>": 2, ".</w>": 3}, []))
+    tokenizer.decoder = decoders.BPEDecoder()
+    return tokenizer
+
+
+def special_tokens():
+    "Some are left out of the text; the words beside them keep their space."
+    tokenizer = wordpiece()
+    tokenizer.add_special_tokens(["[CLS]", "[SEP]"])
+    return tokenizer
+
+
+KINDS = [wordpiece, byte_level, metaspace, bytes_as_fallback, word_ends, special_tokens]
+
+
+def join_pieces(tokenizer, ids, before=(), stop=()):
+    decoder = StreamDecoder(tokenizer, stop, before)
+    pieces = []
+    for i in ids:
+        pieces.append(decoder.add(i))
+        if decoder.stopped:
+            break
+    return "".join([*pieces, decoder.end()])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_pieces_join_to_the_text(kind):
+    "Random tokens, piece by piece and at once, after nothing and after a prompt."
+    tokenizer, rng = kind(), random.Random(0)
+    for _ in range(300):
+        ids = rng.choices(range(tokenizer.get_vocab_size()), k=rng.randint(1, 10))
+        if kind is bytes_as_fallback:  # its bytes have to be characters
+            groups = [tokenizer.encode(c).ids for c in "☃é"] + [[0], [1], [2], [3]]
+            ids = [i for group in rng.choices(groups, k=6) for i in group]
+        at = rng.randint(0, len(ids))
+        whole, prompt = tokenizer.decode(ids), tokenizer.decode(ids[:at])
+        assert join_pieces(tokenizer, ids) == whole
+        if whole.startswith(prompt) and not prompt.endswith("\ufffd"):
+            assert prompt + join_pieces(tokenizer, ids[at:], ids[:at]) == whole
+
+
+def test_words_keep_their_spaces(model):
+    "WordPiece writes a space between two words, but a word by itself has none."
+    tokenizer = wordpiece()
+    sentence = "the cats sat on the mat."
+    ids = tokenizer.encode(sentence).ids
+    assert tokenizer.decode(ids) == sentence == join_pieces(tokenizer, ids)
+    assert " sat on the mat." == join_pieces(tokenizer, ids[3:], ids[:3])
+    assert "the cats" == join_pieces(tokenizer, ids, stop=[" sat"])
+    cfg = SampleConfig(max_new_tokens=12, seed=2, logit_bias={0: -100.0, 9: -100.0, 10: -100.0})
+    wanted = generate(model, torch.tensor([tokenizer.encode("the cat").ids]), cfg)[0].tolist()
+    text = complete(model, tokenizer, "the cat", cfg)[0]
+    assert (
+        text
+        == tokenizer.decode(wanted)
+        == "the cat" + "".join(stream(model, tokenizer, "the cat", cfg))
+    )
+
+
+def test_half_a_character_waits():
+    tokenizer = byte_level()
+    ids = tokenizer.encode("a☃é").ids
+    decoder = StreamDecoder(tokenizer)
+    assert [decoder.add(i) for i in ids] == ["a", "", "", "☃", "", "é"]
+    decoder = StreamDecoder(tokenizer)
+    assert decoder.add(ids[1]) == "" and decoder.end() == "\ufffd"  # the rest never came
+    # a prompt may end in the middle of one: what follows is given as it is
+    assert join_pieces(tokenizer, ids[2:], ids[:2]) == tokenizer.decode(ids[2:])
+
+
+def test_bytes_that_are_no_text():
+    "They cannot take back what was handed out, and what follows them is whole again."
+    tokenizer = bytes_as_fallback()
+    snowman = tokenizer.encode("☃").ids
+    assert len(snowman) == 3
+    ids = [0, *snowman, snowman[0], 2, 1]  # "the☃", half of another one, "s cat"
+    assert tokenizer.decode(ids).endswith("s cat")
+    assert join_pieces(tokenizer, ids).startswith("the☃")
+    assert join_pieces(tokenizer, ids).endswith("s cat")
+
+
+@pytest.mark.parametrize("kind", [byte_level, wordpiece], ids=lambda kind: kind.__name__)
+def test_nothing_of_a_stop_string(kind):
+    "What comes out is the text before the stop string that is complete first."
+    tokenizer, rng = kind(), random.Random(1)
+    letters = "ab☃ " if kind is byte_level else ["the", " cat", "s", " sat", " on", "."]
+    for _ in range(300):
+        ids = tokenizer.encode("".join(rng.choices(letters, k=10))).ids
+        text = tokenizer.decode(ids)
+        stop = [text[i : i + rng.randint(1, 4)] or "x" for i in rng.choices(range(len(text)), k=2)]
+        beginnings = [tokenizer.decode(ids[: n + 1]) for n in range(len(ids))]
+        met = [s for s in beginnings if any(each in s for each in stop)]
+        wanted = met[0][: min(met[0].find(each) for each in stop if each in met[0])]
+        assert join_pieces(tokenizer, ids, stop=stop) == wanted, (text, stop)
