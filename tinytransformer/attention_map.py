@@ -263,7 +263,10 @@ class AttentionMap:
             f" {len(self.data['tokens'])} tokens"
         )
 
-    def save(self, path: str | Path) -> None:  # of an .html file
+    def save(
+        self,
+        path: str | Path,  # of an .html file
+    ) -> None:
         "Write one page that needs nothing else, whole or not at all."
         save_page(path, self.data["title"], self._repr_html_())
 
@@ -489,7 +492,10 @@ def byte_table() -> dict[str, int]:
     return {chr(b): b for b in seen} | {chr(256 + n): b for n, b in enumerate(unseen)}
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:  # of the library `tokenizers`
+def token_texts(
+    tokenizer: Any,  # of the library `tokenizers`
+    ids: Sequence[int],
+) -> list[str]:
     "A text for each token; bytes that are no whole character as \\x and two digits."
     texts, table = [tokenizer.decode([i], skip_special_tokens=False) for i in ids], byte_table()
 

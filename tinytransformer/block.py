@@ -19,7 +19,11 @@ ACTIVATIONS = {"relu": nn.ReLU, "gelu": lambda: nn.GELU(approximate="tanh")}
 class FeedForward(nn.Sequential):
     "Linear(C, 4C), ReLU, Linear(4C, C), at every position alike (Vaswani et al., 2017, eq. 2)."
 
-    def __init__(self, embed_dim: int, activation: str = "relu"):  # C  # or "gelu"
+    def __init__(
+        self,
+        embed_dim: int,  # C
+        activation: str = "relu",  # or "gelu"
+    ):
         super().__init__(
             nn.Linear(embed_dim, 4 * embed_dim),
             ACTIVATIONS[activation](),
@@ -37,7 +41,10 @@ def swiglu_dim(embed_dim: int) -> int:
 class SwiGLU(nn.Module):
     "silu(gate) × up, and back down, at every position alike (Shazeer, 2020, eq. 6)."
 
-    def __init__(self, embed_dim: int):  # C
+    def __init__(
+        self,
+        embed_dim: int,  # C
+    ):
         super().__init__()
         self.gate_up = nn.Linear(embed_dim, 2 * swiglu_dim(embed_dim))  # both in one product
         self.down = nn.Linear(swiglu_dim(embed_dim), embed_dim)
@@ -47,7 +54,10 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 # %% ../nbs/03_block.ipynb #c52598e3
-def feed_forward(embed_dim: int, activation: str) -> nn.Module:  # C  # relu, gelu or swiglu
+def feed_forward(
+    embed_dim: int,  # C
+    activation: str,  # relu, gelu or swiglu
+) -> nn.Module:
     "The feed-forward network of a block."
     return SwiGLU(embed_dim) if activation == "swiglu" else FeedForward(embed_dim, activation)
 

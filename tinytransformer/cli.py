@@ -372,7 +372,9 @@ def prepare_command(cfg: Namespace) -> None:
     )
 
 # %% ../nbs/appendix/command_line.ipynb #3b52175c
-def new_folder(name: str) -> Path:  # of the configuration
+def new_folder(
+    name: str,  # of the configuration
+) -> Path:
     "`runs/name`, or the first of `runs/name-2`, `runs/name-3`, ... that is not there yet."
     for k in count(1):
         path = Path("runs") / (name if k == 1 else f"{name}-{k}")
@@ -832,7 +834,9 @@ def explain_errors(show_traceback: bool) -> Iterator[None]:
         sys.exit(128 + signal.SIGINT)
 
 
-def main(args: list[str] | None = None) -> None:  # the command line, if not the process's own
+def main(
+    args: list[str] | None = None,  # the command line, if not the process's own
+) -> None:
     "The command `tinytransformer`; with `--traceback`, errors also show where they came from."
     # a terminal that lacks a character shows ?
     if hasattr(sys.stdout, "reconfigure"):

@@ -146,7 +146,9 @@ def raw_rows(cfg: DataConfig):  # a `datasets.DatasetDict`
     return rows
 
 # %% ../nbs/appendix/corpus.ipynb #2d995d56
-def hub_tokenizer(name: str) -> Tokenizer:  # `owner/name` on the Hub, or a folder
+def hub_tokenizer(
+    name: str,  # `owner/name` on the Hub, or a folder
+) -> Tokenizer:
     "The fast tokenizer of the model `name`, through `transformers`."
     from transformers import AutoTokenizer
 
@@ -197,7 +199,10 @@ def processed_dir(cfg: DataConfig) -> Path:  # `data/processed/<rows>_<tokenizer
     return Path(cfg.data_dir) / "processed" / f"{raw_dir(cfg).name}_{tokenizer}"
 
 
-def fingerprint(cfg: DataConfig, folder: Path) -> str:  # holds the tokenizer.json
+def fingerprint(
+    cfg: DataConfig,
+    folder: Path,  # holds the tokenizer.json
+) -> str:
     """A digest of everything the token tensors depend on: raw rows, tokenizer and settings. Where
     they lie does not matter.
     """
@@ -279,7 +284,10 @@ def build_corpus(cfg: DataConfig) -> None:
         )
 
 # %% ../nbs/appendix/corpus.ipynb #b235c5c9
-def is_current(cfg: DataConfig, folder: Path) -> bool:  # of processed tensors
+def is_current(
+    cfg: DataConfig,
+    folder: Path,  # of processed tensors
+) -> bool:
     """Whether the tensors in `folder` were made from exactly the rows, tokenizer and settings of
     `cfg`.
     """
@@ -291,7 +299,9 @@ def is_current(cfg: DataConfig, folder: Path) -> bool:  # of processed tensors
         return False
 
 
-def is_about(about: dict) -> bool:  # what about.json says of one split
+def is_about(
+    about: dict,  # what about.json says of one split
+) -> bool:
     "Whether it holds what a `Corpus` needs: four counts above zero and, if they are known, nats."
     counts, nats = (
         [about[name] for name in ("rows", "words", "bytes", "tokens")],
@@ -304,7 +314,9 @@ def is_about(about: dict) -> bool:  # what about.json says of one split
     )
 
 
-def load_corpus(folder: Path) -> Corpus:  # of processed tensors
+def load_corpus(
+    folder: Path,  # of processed tensors
+) -> Corpus:
     "Open prepared tensors; the streams stay on disk until a block is read."
     try:
         about = json.loads((folder / "about.json").read_text())

@@ -92,7 +92,11 @@ class Blocks(Dataset):
     same stream one step later.
     """
 
-    def __init__(self, stream: torch.Tensor, seq_len: int):  # (N,) token ids  # T
+    def __init__(
+        self,
+        stream: torch.Tensor,  # (N,) token ids
+        seq_len: int,  # T
+    ):
         check(seq_len >= 1, f"seq_len is {seq_len}: give at least 1")
         check(
             len(stream) > seq_len,

@@ -13,7 +13,10 @@ from torch.nn import functional as F
 from .files import InputError, check
 
 # %% ../nbs/01_embeddings.ipynb #548b2044
-def check_ids(x: torch.Tensor, vocab_size: int) -> None:  # token ids of any shape
+def check_ids(
+    x: torch.Tensor,  # token ids of any shape
+    vocab_size: int,
+) -> None:
     "Raise `InputError` unless every id is in 0 to `vocab_size - 1`."
     bad = x[(x < 0) | (x >= vocab_size)]
     check(
@@ -67,7 +70,10 @@ class Embeddings(nn.Module):
         return self.dropout(vectors)
 
 # %% ../nbs/01_embeddings.ipynb #5e3ed942
-def sinusoids(seq_len: int, embed_dim: int) -> torch.Tensor:  # T  # C, even  # (T, C), from -1 to 1
+def sinusoids(
+    seq_len: int,  # T
+    embed_dim: int,  # C, even
+) -> torch.Tensor:  # (T, C), from -1 to 1
     """Position vectors by formula: pairs of sine and cosine, slower from pair to pair (Vaswani et
     al., 2017, sec. 3.5).
     """

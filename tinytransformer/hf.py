@@ -62,7 +62,9 @@ def is_transposed(name: str) -> bool:  # one of our names
     return name.endswith((".qkv.weight", ".proj.weight", ".ffn.0.weight", ".ffn.2.weight"))
 
 # %% ../nbs/appendix/gpt2_twin.ipynb #d74c7244
-def hf_folder(source: str | Path) -> Path:  # a folder, or the Hub's owner/name
+def hf_folder(
+    source: str | Path,  # a folder, or the Hub's owner/name
+) -> Path:
     """The folder that holds a model of Hugging Face, fetched from the Hub if there is no such folder
     here; `InputError` if it is in neither place.
     """
@@ -381,7 +383,10 @@ def model_card(run: "Run") -> str:  # Markdown, with the front matter that the H
     return "\n\n".join(parts) + "\n"
 
 
-def export(run: "Run", folder: str | Path) -> None:  # new or empty
+def export(
+    run: "Run",
+    folder: str | Path,  # new or empty
+) -> None:
     """Write a run as a folder for `transformers`, whole or not at all; `InputError` if the folder
     holds something, or if the tokenizer is not the model's.
     """

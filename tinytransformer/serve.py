@@ -259,7 +259,9 @@ class Refused(Exception):
         return JSONResponse(self.content(), self.status, self.headers)
 
 
-def what_is_wrong(errors: Sequence[dict]) -> Refused:  # of pydantic
+def what_is_wrong(
+    errors: Sequence[dict],  # of pydantic
+) -> Refused:
     "The first field that does not fit, in one line."
     where = errors[0]["loc"][1:2]
     name = str(where[0]) if where and isinstance(where[0], str) else None
@@ -631,7 +633,11 @@ def prompts_of(
     return [each for part in prompt for each in prompts_of(tokenizer, part)]
 
 
-def check_request(body: CompletionRequest, number: int, cfg: ServeConfig) -> None:  # of prompts
+def check_request(
+    body: CompletionRequest,
+    number: int,  # of prompts
+    cfg: ServeConfig,
+) -> None:
     "What one field alone does not show; raises `Refused`."
     each = body.best_of or body.n
 
@@ -904,7 +910,10 @@ SCRIPTS = {
 }
 
 
-async def or_gone(request: Request, work: Any) -> Any:  # a coroutine  # its result
+async def or_gone(
+    request: Request,
+    work: Any,  # a coroutine
+) -> Any:  # its result
     "Do it as long as the client is there to hear of it."
 
     async def gone():

@@ -327,7 +327,10 @@ def batches(
             yield torch.stack(x), torch.stack(y)
 
 # %% ../nbs/05_train.ipynb #9e49cfb7
-def learning_rate(step: int, cfg: TrainConfig) -> float:  # 1 to max_steps
+def learning_rate(
+    step: int,  # 1 to max_steps
+    cfg: TrainConfig,
+) -> float:
     """Linear warm-up, then the cosine (Loshchilov & Hutter, 2017), the constant rate, or the late
     linear decay (wsd; Hu et al., 2024) of `cfg.schedule`.
     """
@@ -375,7 +378,9 @@ def lr_range_test(
     return rows
 
 
-def plot_lr_range(rows: list[dict]):  # of lr_range_test  # a matplotlib figure
+def plot_lr_range(
+    rows: list[dict],  # of lr_range_test
+):  # a matplotlib figure
     """Loss against the learning rate, with the rate at which it was lowest and the rate ten times
     smaller, which is on the safe side.
     """
@@ -500,7 +505,10 @@ def fact_recall(
     return right / asked if asked else math.nan
 
 # %% ../nbs/05_train.ipynb #e0b4a4d8
-def first_not_finite(model: nn.Module, x: torch.Tensor) -> str:  # (B, T) the batch that did it
+def first_not_finite(
+    model: nn.Module,
+    x: torch.Tensor,  # (B, T) the batch that did it
+) -> str:
     "Where numbers are lost first: in a weight, in the output of a part, or in a gradient."
 
     def lost(t):
@@ -837,7 +845,9 @@ class Elsewhere(Exception):
     "Process 0 could not do something, and says what."
 
 
-def on_main(action: Callable):  # run on process 0 alone  # what it gave, on every process
+def on_main(
+    action: Callable,  # run on process 0 alone
+):  # what it gave, on every process
     "Let process 0 do something; if it cannot, no process goes on."
     result, failed = [None, False], None
     if processes().is_main_process:
@@ -992,7 +1002,11 @@ MAY_CHANGE = {"data.data_dir"} | {
 }
 
 
-def unchanged(run: Path, old: dict, new: dict) -> None:  # section -> field -> value
+def unchanged(
+    run: Path,
+    old: dict,  # section -> field -> value
+    new: dict,
+) -> None:
     """Raise `InputError` where a setting that a run keeps for life is another in `new`; one that
     was not there yet had its default.
     """
@@ -1363,7 +1377,11 @@ def run_lock(run: Path) -> Iterator[None]:
         lock.release()
 
 
-def refuse(run: Path, config: dict, resume: bool) -> None:  # section -> field -> value
+def refuse(
+    run: Path,
+    config: dict,  # section -> field -> value
+    resume: bool,
+) -> None:
     "Raise `InputError` for a folder that this training must not write to."
     begun = (run / "config.yaml").is_file()
     if not resume:
@@ -1455,7 +1473,9 @@ def summary(
 EXCESS, RECALL = 0.03, 0.98
 
 
-def near_floor(summary: dict) -> bool:  # with the entries of `compare_with_floor`
+def near_floor(
+    summary: dict,  # with the entries of `compare_with_floor`
+) -> bool:
     "Whether a model of TinyWiki has learned nearly all there is to learn."
     return summary["sliding_loss"] <= summary["floor"] + EXCESS and summary["fact_recall"] >= RECALL
 
@@ -1620,7 +1640,9 @@ def begun_from(
     return brought["data"], brought["model"]
 
 
-def first_weights(model: ModelConfig) -> dict[str, torch.Tensor]:  # with a `from_hf`
+def first_weights(
+    model: ModelConfig,  # with a `from_hf`
+) -> dict[str, torch.Tensor]:
     "The weights to begin with: those of a GPT-2, with as many of its positions as are asked for."
     from tinytransformer.hf import from_hf
 
