@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         x: torch.Tensor,  # (B, T) token ids
         cache: Cache | None = None,  # keys and values of the tokens before; gets those of `x`
         positions: torch.Tensor | None = None,  # (T,) or (B, T); default: those after the cache's
-        return_weights: bool = False,  # also give the attention weights (num_layers, B, H, T, T)
+        return_weights: bool = False,  # also give the attention weights (num_layers, B, H, T, S)
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # (B, T, C)
         "The forward pass up to the last norm, before the head."
         if cache is not None:
@@ -174,22 +174,13 @@ class Transformer(nn.Module):
         x: torch.Tensor,  # (B, T) token ids
         cache: Cache | None = None,  # keys and values of the tokens before; gets those of `x`
         positions: torch.Tensor | None = None,  # (T,) or (B, T); default: those after the cache's
-        return_weights: bool = False,  # also give the attention weights (num_layers, B, H, T, T)
-        # (B, T) the tokens that came next: give the mean loss instead
-        y: torch.Tensor | None = None,
-    ) -> (
-        torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-    ):  # logits (B, T, V), or a scalar; and the weights, if asked for
+        return_weights: bool = False,  # also give the attention weights (num_layers, B, H, T, S)
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # (B, T, V) logits
         h = self.hidden(x, cache, positions, return_weights)
         if return_weights:
             h, weights = h
-        if y is None:
-            answer = self.head(h)
-        else:
-            from tinytransformer.fast import head_loss
-
-            answer = head_loss(h, self.head.weight, y)
-        return (answer, weights) if return_weights else answer
+            return self.head(h), weights
+        return self.head(h)
 
 # %% ../nbs/04_model.ipynb #3bd5a286
 def next_token_loss(
