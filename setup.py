@@ -23,16 +23,7 @@ setup(
     license="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
-    package_data={
-        cfg["lib_name"]: [
-            "configs/*.yaml",
-            "trained/*/*",
-            "trained/*/*/*",
-            "static/*",
-            "*.js",
-            "*.html",
-        ]
-    },
+    package_data={cfg["lib_name"]: ["configs/*.yaml", "trained/*/*", "trained/*/*/*", "static/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={
         name: cfg[f"{name}_requirements"].split()

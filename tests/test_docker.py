@@ -125,9 +125,10 @@ def test_that_is_enough_for_the_package(copied):
     assert {
         f"tinytransformer/{name}"
         for name in (
-            "serve.py",
-            "serve.html",
-            "serve.js",
+            "serve/__init__.py",
+            "serve/app.py",
+            "static/serve.html",
+            "static/serve.js",
             "static/attention_map.js",
             "configs/tiny.yaml",
         )

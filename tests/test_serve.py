@@ -34,8 +34,8 @@ from schemathesis.checks import CHECKS
 from tinytransformer.cli import main
 from tinytransformer.engine import Batch, complete, start_batch, stream
 from tinytransformer.generate import SampleConfig
+from tinytransformer.runs import load_run
 from tinytransformer.serve import ServeConfig, make_app
-from tinytransformer.train import load_run
 
 # a machine that has other work takes its time to answer
 post, get = partial(httpx.post, timeout=120), partial(httpx.get, timeout=120)
@@ -773,10 +773,13 @@ def test_hanging_up(run, monkeypatch, streamed, where):
                 kwargs=dict(json=ask | dict(max_tokens=80)),
             )
             other.start()
-            until(lambda: decoder.running)
+            until(lambda: decoder.worker.running)
         hang_up()
         until(lambda: decoder.free == (2 if where == "in its row" else 1), 3)
-        assert len(decoder.running) == (0 if where == "in its row" else 1) and not decoder.waiting
+        assert (
+            len(decoder.worker.running) == (0 if where == "in its row" else 1)
+            and not decoder.worker.waiting
+        )
         if where == "in the queue":
             other.join()
         assert post(f"{url}/v1/completions", json=ask | dict(max_tokens=2)).status_code == 200
@@ -812,7 +815,11 @@ def test_some_stay_and_some_go(run, monkeypatch):
     ):
         assert all(pool.map(lambda k: ask(url, k), range(90)))
         until(lambda: decoder.free == 44)
-        assert not decoder.running and not decoder.waiting and not decoder.batch.rows
+        assert (
+            not decoder.worker.running
+            and not decoder.worker.waiting
+            and not decoder.worker.batch.rows
+        )
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -858,17 +865,17 @@ def test_a_fault_between_steps(run, monkeypatch, caplog):
         ThreadPoolExecutor(1) as pool,
     ):
         other = pool.submit(lambda: post(f"{url}/v1/completions", json=ask))
-        until(lambda: decoder.running)
-        monkeypatch.setattr(decoder.batch, "remove", lambda row: 1 / 0)
+        until(lambda: decoder.worker.running)
+        monkeypatch.setattr(decoder.worker.batch, "remove", lambda row: 1 / 0)
         with httpx.stream("POST", f"{url}/v1/completions", json=ask | dict(stream=True)):
-            until(lambda: len(decoder.running) == 2)
+            until(lambda: len(decoder.worker.running) == 2)
         assert other.result().status_code == 500
         until(lambda: decoder.free == 2)
         assert post(f"{url}/v1/completions", json=ask | dict(max_tokens=2)).status_code == 200
 
 
 def test_a_fault_outside_the_loop(run, monkeypatch, caplog):
-    monkeypatch.setattr("tinytransformer.serve.check_request", lambda *args: 1 / 0)
+    monkeypatch.setattr("tinytransformer.serve.app.check_request", lambda *args: 1 / 0)
     with TestClient(make_app(run, ServeConfig())) as client:
         answer = client.post("/v1/completions", json=dict(model="small", prompt="a"))
         assert (
@@ -1122,10 +1129,10 @@ def test_page_streams(visit, run, monkeypatch):
         page.locator("[name=max_tokens]").fill("400")
         page.get_by_role("button", name="Write").click()
         page.locator("[role=option]").nth(3).wait_for()
-        assert decoder.running and page.locator("#said").inner_text() == "writing \u2026"
+        assert decoder.worker.running and page.locator("#said").inner_text() == "writing \u2026"
         page.get_by_role("button", name="Stop").click()
         page.get_by_text("stopped").wait_for()
-        until(lambda: decoder.free == 1 and not decoder.running, 2)
+        until(lambda: decoder.free == 1 and not decoder.worker.running, 2)
         page.close()
 
 

@@ -87,7 +87,7 @@ def test_it_trains_and_shows_a_map(installed, tmp_path):
             tmp_path,
             "-c",
             "from importlib.resources import files;"
-            " print((files('tinytransformer')/'serve.html').read_text())",
+            " print((files('tinytransformer')/'static/serve.html').read_text())",
         ).lower()
     )
 
