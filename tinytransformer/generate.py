@@ -391,6 +391,7 @@ def check_prompt(
 ) -> None:
     "Raise `InputError` unless this model can go on from these tokens with these settings."
     T, V, context = ids.shape[-1], model.vocab_size, model.seq_len
+    assert V is not None  # known once a model is built
     if T == 0:
         raise InputError("the prompt is empty: give at least one token")
     if T > context:
@@ -439,11 +440,11 @@ def generate(
     new, ended = ids, torch.zeros(B, 1, dtype=torch.bool, device=ids.device)
     for n in range(T, T + cfg.max_new_tokens):  # tokens in the text
         if n > context and window_length(n - 1, context) == context:  # the window was full
-            cache.reset(range(B))
+            cache.reset(list(range(B)))
             new = ids[:, -window_length(n, context) :]
         logits = extend(model, new, cache).float()  # (B, V)
         check_logits(logits)
-        counts = count_tokens(ids[:, T:], model.cfg.vocab_size) if counted else None
+        counts = count_tokens(ids[:, T:], logits.shape[1]) if counted else None
         drawn = draw_token(next_distribution(logits, ids, cfg, counts), generators)[:, None]
         new = torch.where(ended, ids[:, -1:], drawn)  # (B, 1)
         ids = torch.cat([ids, new], dim=1)  # (B, n + 1)
