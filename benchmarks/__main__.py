@@ -274,9 +274,9 @@ def start_up(rounds: int = 5) -> list[dict]:
 
 def tokenizing(hub: bool, rounds: int = 5) -> list[dict]:
     "Megabytes of text a second: row by row, and as `prepare` does it."
+    from tinytransformer.config import config_file, make_config, read_config
     from tinytransformer.corpus import prepare, raw_rows
     from tinytransformer.data import DataConfig, encode_rows
-    from tinytransformer.train import config_file, make_config, read_config
 
     def seconds(way):
         began = time.perf_counter()

@@ -47,9 +47,11 @@ def cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def tinytransformer(task: dict) -> Callable[[], None]:
+    from tinytransformer.devices import make_accelerator
+    from tinytransformer.fast import fast_loss
     from tinytransformer.generate import SampleConfig, generate
     from tinytransformer.model import ModelConfig, Transformer
-    from tinytransformer.train import TrainConfig, make_accelerator, make_optimizer, train_step
+    from tinytransformer.train import Objective, TrainConfig, make_optimizer, train_step
 
     model = Transformer(
         ModelConfig(
@@ -74,14 +76,14 @@ def tinytransformer(task: dict) -> Callable[[], None]:
         batch_size=task["B"], learning_rate=LEARNING_RATE, precision=task["precision"]
     )
     accelerator = make_accelerator(cfg)
-    net, optimizer = accelerator.prepare(
-        torch.compile(model.train()) if task["compile"] else model.train(),
+    objective, optimizer = accelerator.prepare(
+        Objective(torch.compile(model.train()) if task["compile"] else model.train(), fast_loss),
         make_optimizer(model, cfg),
     )
     x, y = ids(task["B"], task["T"] + 1, vocab_size=task["V"]).unfold(1, task["T"], 1).unbind(1)
 
     def step():
-        train_step(net, optimizer, x, y, cfg, accelerator)
+        train_step(objective, optimizer, x, y, cfg, accelerator)
         optimizer.step()
 
     return step
@@ -239,7 +241,7 @@ def process_flags(whose: str):
     "Our own process-wide settings, for us or for a peer as well."
     if whose == "own":
         return nullcontext()
-    from tinytransformer.train import fast_products
+    from tinytransformer.devices import fast_products
 
     return fast_products()
 

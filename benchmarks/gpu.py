@@ -31,7 +31,7 @@ from benchmarks import run as call
 from benchmarks.gpu_steps import CORPORA, ROOT, STEPS, Step, data_config
 from tinytransformer.corpus import is_current, prepare, processed_dir
 from tinytransformer.files import check, write_whole
-from tinytransformer.train import git_commit
+from tinytransformer.runs import git_commit
 
 WORKER = [sys.executable, "-m", "benchmarks.gpu_steps", "work"]
 PARTS = list(dict.fromkeys(step.part for step in STEPS))

@@ -31,35 +31,19 @@ import torch
 import transformers
 
 from benchmarks.wikitext2 import word_perplexity
+from tinytransformer.config import config_file, make_config, read_config
 from tinytransformer.corpus import Corpus, load_corpus, processed_dir
 from tinytransformer.data import DataConfig
+from tinytransformer.devices import make_accelerator, memory_mb
 from tinytransformer.engine import complete
 from tinytransformer.fast import drop, fast_loss, head_loss
 from tinytransformer.files import InputError, read_json, read_rows
 from tinytransformer.generate import KVCache, SampleConfig, extend, generate
 from tinytransformer.hf import to_hf
-from tinytransformer.model import (
-    ModelConfig,
-    Transformer,
-    count_parameters,
-    flops_per_token,
-    next_token_loss,
-)
-from tinytransformer.train import (
-    Stopped,
-    TrainConfig,
-    config_file,
-    evaluate,
-    fit,
-    has_bf16,
-    load_run,
-    make_config,
-    memory_mb,
-    near_floor,
-    perplexities,
-    read_config,
-    train_run,
-)
+from tinytransformer.model import ModelConfig, Transformer, count_parameters, next_token_loss
+from tinytransformer.runs import load_run, near_floor, train_run
+from tinytransformer.train import Stopped, TrainConfig, evaluate, fit, has_bf16, perplexities
+from tinytransformer.variants import flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "wikitext2-gpu"
@@ -501,7 +485,7 @@ def report_run(bench: Bench, name: str, run: Path) -> None:
     stride = max(1, model.cfg.seq_len // 4)
     metrics = read_rows(run / "metrics.jsonl")
     each = found.config["train"]["batch_size"] * model.cfg.seq_len
-    sliding = evaluate(model, corpus.streams["validation"], stride=stride)
+    sliding = evaluate(model, corpus.streams["validation"], stride, loss=fast_loss)
     summary = read_json(run / "summary.json")
     kept = ("steps", "best_step", "val_loss", "word_perplexity", "floor", "fact_recall")
     bench.report(
@@ -625,7 +609,14 @@ def speed_ours(bench: Bench, compiled: bool) -> None:
 
     clock = StepClock(bench, timed)
     try:
-        fit(Transformer(gpt2_config(bench)), corpus, cfg, clock)
+        fit(
+            Transformer(gpt2_config(bench)),
+            corpus,
+            cfg,
+            loss=fast_loss,
+            log=clock,
+            accelerator=make_accelerator(cfg),
+        )
     except Enough:
         profile = profile_row(clock)
         bench.report(dict(library="tinytransformer", compiled=cfg.compile) | profile)

@@ -19,6 +19,8 @@ import torch
 from benchmarks import run
 from tinytransformer.corpus import prepare
 from tinytransformer.data import DataConfig
+from tinytransformer.devices import make_accelerator
+from tinytransformer.fast import fast_loss
 from tinytransformer.model import ModelConfig, Transformer, count_parameters
 from tinytransformer.train import TrainConfig, evaluate, fit
 
@@ -78,12 +80,15 @@ def main() -> None:
             model,
             replace(corpus, streams=dict(train=train, validation=corpus.streams["validation"][:2])),
             cfg,
+            loss=fast_loss,
+            accelerator=make_accelerator(cfg),
         )
         row = dict(
             parameters=count_parameters(model),
             tokens=len(train),
             steps=steps,
-            excess=evaluate(model, corpus.streams["validation"]) - corpus.floor("validation"),
+            excess=evaluate(model, corpus.streams["validation"], loss=fast_loss)
+            - corpus.floor("validation"),
         )
         done[shape, share, steps] = row
         print(

@@ -23,7 +23,7 @@ import psutil
 
 from tinytransformer.engine import complete
 from tinytransformer.generate import SampleConfig
-from tinytransformer.train import load_run
+from tinytransformer.runs import load_run
 
 HERE = Path(__file__).parent
 PROMPTS, TOKENS = [" =", " = The", " = Nils", " = Edith"], 128

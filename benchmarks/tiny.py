@@ -29,8 +29,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import run
+from tinytransformer.config import config_file, read_config
 from tinytransformer.files import digest, read_json, write_whole
-from tinytransformer.train import TRAINED_FOLDER, config_file, near_floor, processor, read_config
+from tinytransformer.runs import TRAINED_FOLDER, near_floor, processor
 
 COMMAND = str(Path(sys.executable).with_name("tinytransformer"))
 RESULTS = Path(__file__).parent / "results" / "tiny.json"

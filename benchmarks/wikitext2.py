@@ -29,24 +29,17 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks import run
+from tinytransformer.config import config_file, make_config, read_config
 from tinytransformer.corpus import Corpus, prepare
 from tinytransformer.data import DataConfig
-from tinytransformer.files import read_json, read_rows
+from tinytransformer.devices import make_accelerator
 from tinytransformer.engine import complete
+from tinytransformer.fast import fast_loss
+from tinytransformer.files import read_json, read_rows
 from tinytransformer.generate import SampleConfig
 from tinytransformer.model import ModelConfig, Transformer, count_parameters
-from tinytransformer.train import (
-    Stopped,
-    TrainConfig,
-    config_file,
-    evaluate,
-    fit,
-    load_run,
-    make_config,
-    perplexities,
-    read_config,
-    train_run,
-)
+from tinytransformer.runs import load_run, train_run
+from tinytransformer.train import Stopped, TrainConfig, evaluate, fit, perplexities
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "wikitext2.json"
@@ -160,9 +153,9 @@ def searched(change: dict) -> tuple[DataConfig, ModelConfig, TrainConfig]:
 def word_perplexity(
     model: Transformer, corpus: Corpus, split: str, stride: int | None = None
 ) -> float:
-    return perplexities(evaluate(model, corpus.streams[split], stride=stride), corpus.about[split])[
-        "word_perplexity"
-    ]
+    return perplexities(
+        evaluate(model, corpus.streams[split], stride, loss=fast_loss), corpus.about[split]
+    )["word_perplexity"]
 
 
 def averaging(how: float | str | None, model: torch.nn.Module) -> AveragedModel | None:
@@ -188,7 +181,9 @@ def steps_within(minutes: float, model: Transformer, corpus: Corpus, train: Trai
         deepcopy(model),
         corpus,
         replace(train, max_steps=12, eval_every=12),
-        lambda row: ends.append(time.perf_counter()),
+        loss=fast_loss,
+        log=lambda row: ends.append(time.perf_counter()),
+        accelerator=make_accelerator(train),
     )
     return max(20, round(minutes * 60 / statistics.median(np.diff(ends[1:]))))
 
@@ -213,8 +208,9 @@ def trained(
             curve.append([row["step"], round(row["loss"], 4)])
 
     torch.manual_seed(train.seed)
+    own = dict(loss=fast_loss, log=log, accelerator=make_accelerator(train))
     began = time.perf_counter()
-    fit(model, short, replace(train, max_steps=steps, eval_every=steps), log)
+    fit(model, short, replace(train, max_steps=steps, eval_every=steps), **own)
     seconds = time.perf_counter() - began
     best = (average.module if average else model).eval()
     tokens = steps * train.batch_size * shape.seq_len

@@ -128,7 +128,7 @@ def test_diverged(here):
         said,
     )
     assert "diverged" in refusal("train", "--resume", "runs/diverged")  # and again, from there
-    assert "no look at the validation split found a finite loss" in refusal(
+    assert "no evaluation found a finite validation loss" in refusal(
         "train", "--resume", "runs/diverged", "--train.skip_non_finite", "true"
     )
     rows = [json.loads(line) for line in (here / "runs/diverged/metrics.jsonl").open()]

@@ -16,8 +16,10 @@ import pytest
 import yaml
 from commands import COMMAND
 from conftest import SMALL
+from filelock import FileLock
 
-from tinytransformer.cli import main
+from tinytransformer.__main__ import COMMANDS as DESCRIPTIONS
+from tinytransformer.cli import main, parse
 
 
 def snapshot(folder: Path) -> dict:
@@ -206,16 +208,63 @@ def test_runs_side_by_side(tmp_path, workspace, monkeypatch, capsys):
         shutil.copytree(workspace / "runs/small", tmp_path / "runs" / name)
     (tmp_path / "runs/two/summary.json").unlink()
     main(["runs"])
-    head, one, two, *_ = capsys.readouterr().out.splitlines()
+    head, one, two = capsys.readouterr().out.splitlines()
     assert (
         head.split()[:4] == ["run", "state", "steps", "parameters"]
         and one.split()[:3] == ["one", "complete", "6/6"]
         and two.split()[:3] == ["two", "stopped", "6/6"]
     )
-    assert (tmp_path / "runs/curves.png").read_bytes().startswith(b"\x89PNG")
+    main(["runs", "--plot", "curves.png"])
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.splitlines()[-1] == "the loss curves are in curves.png"
+    main(["runs", "--plot", "curves.svg"])
+    assert "<svg" in (tmp_path / "curves.svg").read_text()
+    with pytest.raises(SystemExit, match="--plot curves: give a file that ends in .png"):
+        main(["runs", "--plot", "curves"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="there are no runs in empty"):
         main(["runs", "empty"])
+
+
+def test_runs_only_reads(tmp_path, workspace, monkeypatch, capsys):
+    "The listing writes nothing, neither a picture nor a lock, and sees who is training."
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        shutil.copytree(workspace / "runs/small", tmp_path / "runs" / name)
+        (tmp_path / "runs" / name / "summary.json").unlink()
+    (tmp_path / "runs/one/.lock").unlink()
+
+    def everything():
+        paths = [tmp_path, *sorted(tmp_path.rglob("*"))]
+        return {path: path.stat().st_mtime_ns for path in paths}
+
+    before = everything()
+    main(["runs"])
+    assert everything() == before
+    with FileLock(tmp_path / "runs/two/.lock"):
+        main(["runs"])
+    states = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert states[1:3] == [["one", "stopped"], ["two", "stopped"]]
+    assert states[4:] == [["one", "stopped"], ["two", "training"]]
+
+
+@pytest.mark.parametrize("option", ["--config tiny", "--config=tiny"])
+def test_options_after_the_configuration_override_it(option):
+    "Wherever `--folder` stands, and however it is written."
+    args = ["train", "--folder=~/a", *option.split(), "--model.num_layers", "3"]
+    command, settings = parse(args)
+    assert command == "train" and settings.model.num_layers == 3 and settings.resume is None
+    assert settings.folder == "~/a" and [Path(str(path)).stem for path in settings.config] == [
+        "tiny"
+    ]
+
+
+def test_descriptions_stand_once(capsys):
+    "What the command says before PyTorch is loaded is what the parser says."
+    for name, description in DESCRIPTIONS.items():
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert description in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -245,7 +294,8 @@ def test_bf16_where_the_device_has_it(here, change, monkeypatch, capsys):
     """
 
     def losses(has):
-        monkeypatch.setattr("tinytransformer.train.has_bf16", lambda device: has)
+        for module in ("train", "devices"):
+            monkeypatch.setattr(f"tinytransformer.{module}.has_bf16", lambda device: has)
         run = here / "runs" / f"{change.split()[1]}-{has}"
         main(["train", "--config", "tiny", "--folder", str(run), *SMALL, *change.split()])
         bf16, said = change.endswith("bf16"), capsys.readouterr().err
@@ -321,7 +371,11 @@ def test_compare(here, capsys):
     "A row and a text for each strategy; what is given on the command line holds for all of them."
     main(["compare", "runs/small", "The", "--max_new_tokens", "7", "--seed", "3"])
     table, *texts = capsys.readouterr().out.split("\n--- ")
-    rows = {line[:16].strip(): line[16:].split() for line in table.splitlines()[1:] if line}
+    rows = {}
+    for line in table.splitlines()[1:]:
+        if line:
+            name, *numbers = re.split(r" {2,}", line)
+            rows[name] = numbers
     assert list(rows) == [text.split(" ---")[0] for text in texts] and len(rows) == 9
     assert all(
         float(perplexity) >= 1 and repetition.endswith("%") and diversity.endswith("%")

@@ -17,7 +17,8 @@ from tinytransformer.corpus import load_corpus
 from tinytransformer.data import Blocks, encode_rows
 from tinytransformer.files import is_write_error, read_rows
 from tinytransformer.generate import draw_token, encode_prompt
-from tinytransformer.train import Trackers, train_run
+from tinytransformer.runs import train_run
+from tinytransformer.trackers import Trackers
 
 COMMAND = str(Path(sys.executable).with_name("tinytransformer"))
 RUN = Path("some/run")

@@ -12,9 +12,10 @@ from conftest import ROOT
 from fastapi.testclient import TestClient
 
 from tinytransformer.cli import main
+from tinytransformer.config import make_config, read_config
 from tinytransformer.corpus import prepare
 from tinytransformer.data import DataConfig
-from tinytransformer.train import load_run, make_config, read_config
+from tinytransformer.runs import load_run
 
 OLD = ROOT / "tests" / "first_edition"
 

@@ -27,7 +27,7 @@ from tinytransformer.engine import complete
 from tinytransformer.generate import KVCache, SampleConfig, extend
 from tinytransformer.hf import from_hf, hf_names, is_transposed, to_hf
 from tinytransformer.model import Transformer, next_token_loss
-from tinytransformer.train import load_run
+from tinytransformer.runs import load_run
 
 WITHOUT_US = """
 import json, sys

@@ -34,8 +34,8 @@ from schemathesis.checks import CHECKS
 from tinytransformer.cli import main
 from tinytransformer.engine import Batch, complete, start_batch, stream
 from tinytransformer.generate import SampleConfig
+from tinytransformer.runs import load_run
 from tinytransformer.serve import ServeConfig, make_app
-from tinytransformer.train import load_run
 
 # a machine that has other work takes its time to answer
 post, get = partial(httpx.post, timeout=120), partial(httpx.get, timeout=120)

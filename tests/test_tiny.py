@@ -8,23 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from tinytransformer.checkpoint import same_text
 from tinytransformer.cli import main
+from tinytransformer.config import config_file, read_config
 from tinytransformer.corpus import prepare
 from tinytransformer.data import DataConfig
 from tinytransformer.files import read_json, read_rows
 from tinytransformer.model import ModelConfig
+from tinytransformer.runs import TRAINED, compare_with_floor, load_run, near_floor
 from tinytransformer.tinywiki import WIKI, continuations
-from tinytransformer.train import (
-    TRAINED,
-    TrainConfig,
-    compare_with_floor,
-    config_file,
-    evaluate,
-    load_run,
-    near_floor,
-    read_config,
-    same_text,
-)
+from tinytransformer.train import TrainConfig, evaluate
 
 COMMAND = str(Path(sys.executable).with_name("tinytransformer"))
 

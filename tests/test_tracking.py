@@ -164,7 +164,7 @@ def test_tracker_that_is_down(train, tmp_path):
 
 def test_tracker_not_installed(here, monkeypatch):
     "The line says which extra to install."
-    import tinytransformer.train as module
+    import tinytransformer.trackers as module
 
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     assert "the package mlflow is not installed: pip install 'tinytransformer[track]'" in refusal(

@@ -10,38 +10,39 @@ import sys
 
 from . import __version__
 
-COMMANDS = {
-    "prepare": "Fetch or write the text, tokenize it, and keep both under data/.",
-    "train": "Prepare, train, and keep everything about it in a run folder.",
+COMMANDS = {  # name -> what it does
+    "prepare": "Download or generate the text, tokenize it, and keep both under data/.",
+    "train": "Train a model, and keep everything about the run in a folder.",
     "evaluate": (
-        "Loss, perplexity and bits per byte of a trained model over a whole split; also written to"
-        " the run."
+        "Measure loss, perplexity and bits per byte of a trained model over a whole split, and"
+        " keep them in the run."
     ),
-    "generate": "Continue a prompt. Settings left out are those of the run's configuration.",
+    "generate": "Continue a prompt. Settings that are not given are those of the run.",
     "compare": (
-        "Continue a prompt with several strategies, side by side. What a strategy does not set is"
-        " taken as for generate."
+        "Continue a prompt with several strategies, one after the other. Settings that a strategy"
+        " leaves open are taken as for generate."
     ),
     "export": (
-        "Write a run as a folder that Hugging Face's transformers open as GPT-2, with a model card."
+        "Write a run as a folder that Hugging Face's transformers load as a GPT-2, with a model"
+        " card."
     ),
-    "runs": "The runs in a folder side by side, as a table and as curves in one picture.",
+    "runs": "Compare the runs in a folder in a table, and with --plot in one picture.",
     "serve": (
-        "Answer over HTTP, by OpenAI's API for completions, until SIGTERM or Ctrl-C. Clients must"
-        " show the key in TINYTRANSFORMER_KEY, if there is one."
+        "Serve a model over HTTP with OpenAI's completions API, until SIGTERM or Ctrl-C. If"
+        " TINYTRANSFORMER_KEY is set, clients must send it."
     ),
 }
 
 
 def begin() -> None:
-    "The command `tinytransformer`: what can be said at once is said at once."
+    "The command `tinytransformer`: `--help` and `--version` are answered before PyTorch is loaded."
     if sys.argv[1:] in (["--help"], ["-h"]):
         print(
             "usage: tinytransformer COMMAND ...\n\nA small Transformer language model, from the"
             " text to the server.\n"
         )
-        for name, what in COMMANDS.items():
-            print(f"  {name:10} {what}")
+        for name, description in COMMANDS.items():
+            print(f"  {name:10} {description}")
         print(
             "\n`tinytransformer COMMAND --help` shows its options; with --traceback, an error also"
             " shows where it came from."

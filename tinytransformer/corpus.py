@@ -85,7 +85,7 @@ def fetch_rows(
 
 def hub_error(name: str, error: Exception) -> InputError:
     "One line for the many ways in which the Hub's client fails."
-    cause = error
+    cause: BaseException = error
     while cause.__cause__:
         cause = cause.__cause__  # the client wraps what really happened
     reason = next(iter(str(cause).strip().splitlines()), "")

@@ -175,7 +175,7 @@ class DataConfig:
             f"data.vocab_size is {self.vocab_size}: give 256, one for each byte, to {2**20}",
         )
         check(
-            self.data_dir and "\0" not in self.data_dir,
+            self.data_dir != "" and "\0" not in self.data_dir,
             f"data.data_dir is {self.data_dir!r}: give the path of a folder",
         )
         self.data_dir = os.path.expanduser(self.data_dir)  # ~ is the home

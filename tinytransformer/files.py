@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 # %% ../nbs/appendix/files.ipynb #b1928abc
 class InputError(ValueError):
@@ -174,7 +175,8 @@ class JsonLines:
     "A file that gets a row at a time, each written out at once."
 
     def __init__(self, path: Path):
-        self.path, self.file = path, None
+        self.path = path
+        self.file: TextIO | None = None  # opened by the first row
 
     def add(self, row: dict) -> None:
         "Write one row; a number that is not finite becomes null, since JSON knows none."

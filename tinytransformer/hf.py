@@ -30,7 +30,7 @@ from .model import ModelConfig, Transformer, count_parameters
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from tinytransformer.train import Run
+    from tinytransformer.runs import Run
 
 # %% ../nbs/appendix/gpt2_twin.ipynb #dfbdced1
 def hf_names(cfg: ModelConfig) -> dict[str, str]:  # our name -> the name in `GPT2LMHeadModel`

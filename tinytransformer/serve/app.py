@@ -31,6 +31,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from ..attention_map import attention_map, look, token_texts
 from ..files import InputError
 from ..generate import encode_prompt
+from ..runs import Run
 from tinytransformer.serve.completions import (
     CompletionWriter,
     check_request,
@@ -51,7 +52,6 @@ from tinytransformer.serve.schemas import (
     describe_validation_errors,
     internal_error,
 )
-from ..train import Run
 
 # %% ../../nbs/appendix/serve_app.ipynb #a17a6e07
 POLICY = (

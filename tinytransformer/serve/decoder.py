@@ -23,8 +23,8 @@ import torch
 from ..engine import Batch, Row
 from ..generate import SampleConfig
 from ..model import Transformer
+from ..runs import Run
 from .schemas import APIError, ServeConfig, internal_error, shutting_down
-from ..train import Run
 
 # %% ../../nbs/appendix/serve_decoder.ipynb #5f2d205d
 @dataclass(eq=False)
