@@ -41,9 +41,6 @@ class ModelConfig:
     norm: str = "layer"  # layer, or rms
     positions: str = "learned"  # learned, or rotary
     position_start: str = "normal"  # what learned positions begin as: normal (random), or sinusoids
-    # begin with the weights of this GPT-2: a folder, or a name on the Hub; it brings its tokenizer
-    # and decides the fields above, but for seq_len and the dropouts
-    from_hf: str | None = None
 
     def __post_init__(self):
         for name in ("seq_len", "embed_dim", "num_heads", "num_layers"):

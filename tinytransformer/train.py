@@ -6,8 +6,8 @@
 __all__ = ['TrainConfig', 'make_optimizer', 'has_bf16', 'StayInFloat32', 'Muon', 'CombinedOptimizer', 'batches', 'learning_rate',
            'LossFunction', 'plain_loss', 'windows', 'window_batch', 'evaluate', 'perplexities', 'Text', 'fact_recall',
            'find_non_finite', 'Objective', 'train_step', 'Progress', 'Stopped', 'Diverged', 'CheckpointStore',
-           'progress_bar', 'set_learning_rate', 'set_up', 'one_step', 'validation_loss', 'fit', 'lr_range_test',
-           'plot_lr_range', 'plot_metrics']
+           'set_learning_rate', 'set_up', 'one_step', 'validation_loss', 'fit', 'lr_range_test', 'plot_lr_range',
+           'plot_metrics']
 
 # %% ../nbs/05_train.ipynb #5bcde0d9
 import copy
@@ -15,7 +15,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from itertools import count
 from typing import Literal, Protocol, get_args, get_origin
@@ -71,6 +71,9 @@ class TrainConfig:
     # leave out a step whose loss or gradient is not finite, instead of stopping there
     skip_non_finite: bool = False
     track: str | None = None  # tensorboard, mlflow, or both with a comma between
+    # begin with the weights of this GPT-2: a folder, or a name on the Hub; it brings its tokenizer
+    # and the shape of the model, but for model.seq_len and the dropouts
+    init_from: str | None = None
     seed: int = 0  # of weights, shuffling and dropout
 
     def __post_init__(self):
@@ -524,31 +527,6 @@ class CheckpointStore(Protocol):
         ...
 
 
-@contextmanager
-def progress_bar(
-    cfg: TrainConfig, progress: Progress, accelerator: Accelerator
-) -> Iterator[Callable[[dict], None]]:
-    "A bar with rate, losses and time left; it gets the row of each step."
-    shown = dict(loss="-", val_loss="-")
-    with tqdm(
-        total=cfg.max_steps,
-        initial=progress.step,
-        desc="training",
-        unit="step",
-        disable=None if accelerator.is_main_process else True,
-    ) as bar:
-
-        def advance(row):
-            shown.update(
-                {name: f"{row[name]:.3f}" for name in ("loss", "val_loss") if name in row},
-                tokens=f"{row['tokens_per_second']:,.0f}/s",
-            )
-            bar.set_postfix(shown, refresh=False)
-            bar.update()
-
-        yield advance
-
-
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     "For all parameter groups."
     for group in optimizer.param_groups:
@@ -631,22 +609,20 @@ def fit(
     blocks, rows = Blocks(text.streams["train"], model.cfg.seq_len), []
     share = accelerator.process_index, accelerator.num_processes
     pairs = batches(blocks, cfg.batch_size, cfg.seed, progress.step, *share)
-    with progress_bar(cfg, progress, accelerator) as advance:
-        while not progress.is_over(cfg):
-            progress.step += 1
-            row = one_step(model, objective, optimizer, pairs, progress.step, cfg, accelerator)
-            row = dict(step=progress.step, epoch=progress.epochs(blocks, cfg)) | row | measure()
-            signal, better = stop(), False
-            if due := progress.step % cfg.eval_every == 0 or progress.step == cfg.max_steps:
-                row["val_loss"] = validation_loss(model, objective, text, accelerator)
-                better = progress.judge(row["val_loss"])
-            rows.append(row)
-            log(row)
-            advance(row)
-            if checkpoints and (due or signal):
-                checkpoints.save(model, optimizer, progress, row, better)
-            if signal:
-                raise Stopped(signal, progress.step)
+    while not progress.is_over(cfg):
+        progress.step += 1
+        row = one_step(model, objective, optimizer, pairs, progress.step, cfg, accelerator)
+        row = dict(step=progress.step, epoch=progress.epochs(blocks, cfg)) | row | measure()
+        signal, better = stop(), False
+        if due := progress.step % cfg.eval_every == 0 or progress.step == cfg.max_steps:
+            row["val_loss"] = validation_loss(model, objective, text, accelerator)
+            better = progress.judge(row["val_loss"])
+        rows.append(row)
+        log(row)
+        if checkpoints and (due or signal):
+            checkpoints.save(model, optimizer, progress, row, better)
+        if signal:
+            raise Stopped(signal, progress.step)
     return rows
 
 # %% ../nbs/05_train.ipynb #27f9d403
