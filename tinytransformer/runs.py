@@ -346,6 +346,10 @@ def train_run(
     """
     job = resolve_settings(run, data, model, train, resume, sections)
     accelerator = make_accelerator(train)
+    if train.optimizer == "muon" and accelerator.is_fsdp2:
+        raise InputError(
+            "train.optimizer is muon, which needs whole matrices, but FSDP cuts them: give adamw"
+        )
     trackers = Trackers(train.track, run, job.config)
     on_main(lambda: check_run_folder(run, job.config, resume))
     set_seed(train.seed)
