@@ -307,13 +307,14 @@ def resolve_settings(
     train: TrainConfig,
     resume: bool = False,
     sections: dict[str, object] | None = None,  # further dataclasses by the name of their section
+    corpus: Corpus | None = None,  # of `data`, if it has been prepared already
 ) -> Job:
     """Prepare the text and complete the settings; nothing is written in the folder `run`. Raises
     `InputError` for settings that do not fit the text.
     """
     if model.from_hf:
         data, model = begun_from(data, model, run if resume else None)
-    corpus = prepare(data)
+    corpus = corpus or prepare(data)
     model = replace(model, vocab_size=model.vocab_size or corpus.vocab_size)
     if model.vocab_size != corpus.vocab_size:
         raise InputError(
@@ -340,6 +341,7 @@ def train_run(
     write: Callable[[Transformer], str] = lambda model: "",
     # further dataclasses to keep in the run's configuration, by the name of their section
     sections: dict[str, object] | None = None,
+    corpus: Corpus | None = None,  # of `data`, if it has been prepared already
 ) -> "Run":
     """Prepare, train, and keep everything about it in the folder `run`.
 
@@ -347,7 +349,7 @@ def train_run(
     written, and if training diverges; `Stopped` after SIGINT or SIGTERM, with a checkpoint written;
     `OtherRankFailed` where process 0 reports the reason.
     """
-    job = resolve_settings(run, data, model, train, resume, sections)
+    job = resolve_settings(run, data, model, train, resume, sections, corpus)
     accelerator = make_accelerator(train)
     trackers = Trackers(train.track, run, job.config)
     on_main(lambda: check_run_folder(run, job.config, resume))
