@@ -40,15 +40,10 @@ from tinytransformer.fast import drop, fast_loss, head_loss
 from tinytransformer.files import InputError, read_json, read_rows
 from tinytransformer.generate import KVCache, SampleConfig, extend, generate
 from tinytransformer.hf import to_hf
-from tinytransformer.model import (
-    ModelConfig,
-    Transformer,
-    count_parameters,
-    flops_per_token,
-    next_token_loss,
-)
+from tinytransformer.model import ModelConfig, Transformer, count_parameters, next_token_loss
 from tinytransformer.runs import load_run, near_floor, train_run
 from tinytransformer.train import Stopped, TrainConfig, evaluate, fit, has_bf16, perplexities
+from tinytransformer.variants import flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "wikitext2-gpu"

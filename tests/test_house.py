@@ -171,8 +171,7 @@ def test_imports_go_one_way():
         if module in ALONE:
             wrong |= others - {"files"}
         if module in CHAPTERS:
-            # fast: of what is still to be moved out of 04
-            wrong |= others - {*CHAPTERS[: CHAPTERS.index(module)], *ALONE, "fast"}
+            wrong |= others - {*CHAPTERS[: CHAPTERS.index(module)], *ALONE}
         assert not wrong, f"{module} imports {wrong}"
 
 

@@ -51,7 +51,7 @@ from .engine import compare, complete, stream
 from .fast import fast_loss
 from .files import InputError, read_json, read_rows, write_whole
 from .generate import SampleConfig
-from .model import ModelConfig, count_parameters, parameter_formula
+from .model import ModelConfig, count_parameters
 from tinytransformer.runs import (
     EXCESS,
     RECALL,
@@ -63,6 +63,7 @@ from tinytransformer.runs import (
     train_run,
 )
 from .train import Stopped, TrainConfig, evaluate, perplexities
+from .variants import parameter_formula
 
 # %% ../nbs/appendix/command_line.ipynb #80320584
 SECTIONS = dict(data=DataConfig, model=ModelConfig, train=TrainConfig, sample=SampleConfig)

@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['INIT_STD', 'ModelConfig', 'init_weights', 'Cache', 'Transformer', 'next_token_loss', 'count_parameters',
-           'parameter_formula', 'flops_per_token']
+           'check_plain', 'plain_parameters', 'parameter_formula', 'plain_flops', 'flops_per_token']
 
 # %% ../nbs/04_model.ipynb #a6b57d30
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .attention import LayerCache
-from .block import ACTIVATIONS, NORMS, Block, swiglu_dim
-from .embeddings import Embeddings, sinusoids
-from .files import check
+from .attention import ATTENTIONS, LayerCache
+from .block import FEED_FORWARDS, NORMS, Block, look_up
+from .embeddings import EMBEDDINGS, Embeddings, sinusoids
+from .files import InputError
 
 # %% ../nbs/04_model.ipynb #2d19c347
 @dataclass
@@ -37,60 +37,41 @@ class ModelConfig:
     # standard deviation of the first weights inside the blocks; the embeddings and the head begin
     # with 0.02
     init_std: float = 0.02
-    activation: str = "relu"  # of the feed-forward networks: relu, gelu as in GPT-2, or swiglu
-    norm: str = "layer"  # layer, or rms
-    positions: str = "learned"  # learned, or rotary
-    position_start: str = "normal"  # what learned positions begin as: normal (random), or sinusoids
+    # of the feed-forward networks; gelu as in GPT-2
+    activation: Literal["relu", "gelu", "swiglu"] = "relu"
+    norm: Literal["layer", "rms"] = "layer"  # LayerNorm or RMSNorm
+    positions: Literal["learned", "rotary"] = "learned"  # a table of vectors, or rotary attention
+    # what learned positions begin as: normal (random), or sinusoids
+    position_start: Literal["normal", "sinusoids"] = "normal"
     # begin with the weights of this GPT-2: a folder, or a name on the Hub; it brings its tokenizer
     # and decides the fields above, but for seq_len and the dropouts
     from_hf: str | None = None
 
     def __post_init__(self):
+        def require(fits, name, wish):
+            if not fits:
+                raise InputError(f"model.{name} is {getattr(self, name)!r}: give {wish}")
+
         for name in ("seq_len", "embed_dim", "num_heads", "num_layers"):
-            check(
-                getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}: give at least 1"
-            )
-        check(
-            self.vocab_size is None or self.vocab_size >= 2,
-            f"model.vocab_size is {self.vocab_size}: give at least 2",
-        )
-        check(
-            self.embed_dim % self.num_heads == 0,
-            f"model.num_heads {self.num_heads} does not divide model.embed_dim {self.embed_dim}:"
-            " choose a divisor",
-        )
-        check(
-            0 < self.init_std < 10,
-            f"model.init_std is {self.init_std}: give more than 0 and less than 10",
-        )
+            require(getattr(self, name) >= 1, name, "at least 1")
+        require(self.vocab_size is None or self.vocab_size >= 2, "vocab_size", "at least 2")
+        require(0 < self.init_std < 10, "init_std", "more than 0 and less than 10")
         for name in ("dropout", "attention_dropout", "embedding_dropout"):
-            check(
-                0 <= (getattr(self, name) or 0) < 1,
-                f"model.{name} is {getattr(self, name)}: give 0 or more, and less than 1",
-            )
-        for name, known in dict(
-            activation=(*ACTIVATIONS, "swiglu"),
-            norm=NORMS,
-            positions=("learned", "rotary"),
-            position_start=("normal", "sinusoids"),
-        ).items():
-            check(
-                getattr(self, name) in known,
-                f"model.{name} is {getattr(self, name)!r}: give {' or '.join(known)}",
-            )
-        check(
-            self.positions == "learned" or self.head_dim % 2 == 0,
-            f"a head has {self.head_dim} numbers, but rotary positions turn pairs: choose another"
-            " model.num_heads or model.embed_dim",
-        )
+            require(0 <= (getattr(self, name) or 0) < 1, name, "0 or more, and less than 1")
+        starts = ("normal", "sinusoids")
+        require(self.position_start in starts, "position_start", " or ".join(starts))
+        look_up(FEED_FORWARDS, self.activation, "model.activation")
+        look_up(NORMS, self.norm, "model.norm")
+        attention = look_up(ATTENTIONS, self.positions, "model.positions")
+        attention.check_shape(self.embed_dim, self.num_heads)
 
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
 
     @property
-    def ffn_dim(self) -> int:
-        return swiglu_dim(self.embed_dim) if self.activation == "swiglu" else 4 * self.embed_dim
+    def ffn_dim(self) -> int:  # of the plain feed-forward network
+        return 4 * self.embed_dim
 
 # %% ../nbs/04_model.ipynb #64eba510
 INIT_STD = 0.02
@@ -119,17 +100,14 @@ class Transformer(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        check(
-            cfg.vocab_size is not None,
-            "model.vocab_size is not known yet: take it from the tokenizer",
-        )
+        if cfg.vocab_size is None:
+            raise InputError("model.vocab_size is not known yet: take it from the tokenizer")
         self.cfg = cfg
-        rotary, noise = (
-            cfg.positions == "rotary",
-            (cfg.dropout if cfg.embedding_dropout is None else cfg.embedding_dropout),
-        )
-        self.embeddings = Embeddings(
-            cfg.vocab_size, cfg.seq_len, cfg.embed_dim, noise, positions=not rotary
+        self.embeddings = look_up(EMBEDDINGS, cfg.positions, "model.positions")(
+            cfg.vocab_size,
+            cfg.seq_len,
+            cfg.embed_dim,
+            cfg.dropout if cfg.embedding_dropout is None else cfg.embedding_dropout,
         )
         self.blocks = nn.ModuleList(
             Block(
@@ -138,29 +116,33 @@ class Transformer(nn.Module):
                 cfg.dropout,
                 cfg.activation,
                 cfg.norm,
-                rotary,
+                cfg.positions,
                 cfg.attention_dropout,
             )
             for _ in range(cfg.num_layers)
         )
-        self.norm = NORMS[cfg.norm](cfg.embed_dim)
+        self.norm = look_up(NORMS, cfg.norm, "model.norm")(cfg.embed_dim)
         self.head = nn.Linear(cfg.embed_dim, cfg.vocab_size, bias=False)
-        self.apply(init_weights)
-        # each block adds to the stream twice: start those additions smaller
-        for name, weight in self.named_parameters():
-            if name.endswith(("attention.proj.weight", "ffn.2.weight", "ffn.down.weight")):
-                nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * cfg.num_layers))
-        with torch.no_grad():
-            for weight in self.blocks.parameters():
-                if weight.ndim == 2:
-                    weight *= cfg.init_std / INIT_STD
-            if cfg.positions == "learned" and cfg.position_start == "sinusoids":
-                # as large as the random ones
-                self.embeddings.position.weight.copy_(
-                    INIT_STD * math.sqrt(2) * sinusoids(cfg.seq_len, cfg.embed_dim)
-                )
+        self.start_weights()
         if cfg.tie_weights:
             self.head.weight = self.embeddings.token.weight
+
+    @torch.no_grad()
+    def start_weights(self) -> None:
+        "Draw the first weights; what writes into the residual stream begins smaller."
+        cfg = self.cfg
+        self.apply(init_weights)
+        for block in self.blocks:
+            for linear in (block.attention.proj, block.ffn.output):
+                nn.init.normal_(linear.weight, std=INIT_STD / math.sqrt(2 * cfg.num_layers))
+        for weight in self.blocks.parameters():
+            if weight.ndim == 2:
+                weight *= cfg.init_std / INIT_STD
+        if cfg.positions == "learned" and cfg.position_start == "sinusoids":
+            # as large as the random ones
+            self.embeddings.position.weight.copy_(
+                INIT_STD * math.sqrt(2) * sinusoids(cfg.seq_len, cfg.embed_dim)
+            )
 
     @staticmethod
     def call_block(block: Block, *args: object) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -172,7 +154,7 @@ class Transformer(nn.Module):
         x: torch.Tensor,  # (B, T) token ids
         cache: Cache | None = None,  # keys and values of the tokens before; gets those of `x`
         positions: torch.Tensor | None = None,  # (T,) or (B, T); default: those after the cache's
-        return_weights: bool = False,  # also give the attention weights (num_layers, B, H, T, T)
+        return_weights: bool = False,  # also give the attention weights (num_layers, B, H, T, S)
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # (B, T, C)
         "The forward pass up to the last norm, before the head."
         if cache is not None:
@@ -192,22 +174,13 @@ class Transformer(nn.Module):
         x: torch.Tensor,  # (B, T) token ids
         cache: Cache | None = None,  # keys and values of the tokens before; gets those of `x`
         positions: torch.Tensor | None = None,  # (T,) or (B, T); default: those after the cache's
-        return_weights: bool = False,  # also give the attention weights (num_layers, B, H, T, T)
-        # (B, T) the tokens that came next: give the mean loss instead
-        y: torch.Tensor | None = None,
-    ) -> (
-        torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-    ):  # logits (B, T, V), or a scalar; and the weights, if asked for
+        return_weights: bool = False,  # also give the attention weights (num_layers, B, H, T, S)
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # (B, T, V) logits
         h = self.hidden(x, cache, positions, return_weights)
         if return_weights:
             h, weights = h
-        if y is None:
-            answer = self.head(h)
-        else:
-            from tinytransformer.fast import head_loss
-
-            answer = head_loss(h, self.head.weight, y)
-        return (answer, weights) if return_weights else answer
+            return self.head(h), weights
+        return self.head(h)
 
 # %% ../nbs/04_model.ipynb #3bd5a286
 def next_token_loss(
@@ -219,47 +192,56 @@ def next_token_loss(
 
 # %% ../nbs/04_model.ipynb #8e8e0650
 def count_parameters(model: nn.Module) -> int:
-    "Number of trained numbers; a tied matrix counts once."
+    "Number of trained values; a tied matrix counts once."
     return sum(p.numel() for p in model.parameters())
 
 
-def parameter_formula(cfg: ModelConfig) -> dict[str, int]:  # part -> numbers
-    "The same count from the shapes alone."
-    # into the middle
-    V, T, C, N, F, ways = (
-        cfg.vocab_size,
-        cfg.seq_len,
-        cfg.embed_dim,
-        cfg.num_layers,
-        cfg.ffn_dim,
-        2 if cfg.activation == "swiglu" else 1,
-    )
+def check_plain(cfg: ModelConfig) -> None:
+    "`InputError` for a model with a part that only the variants can count."
+    for value in (cfg.activation, cfg.norm, cfg.positions):
+        if value not in ("relu", "gelu", "layer", "learned"):
+            raise InputError(
+                f"{value!r} is not counted here: take this function of tinytransformer.variants"
+            )
+
+
+def plain_parameters(cfg: ModelConfig) -> dict[str, int]:  # part -> parameters
+    "The parameters of a model that has the plain parts in this shape."
+    V, T, C = cfg.vocab_size, cfg.seq_len, cfg.embed_dim
+    N, F = cfg.num_layers, cfg.ffn_dim
     return {
         "token embedding": V * C,
-        "position embedding": T * C if cfg.positions == "learned" else 0,
+        "position embedding": T * C,
         "attention": N * (4 * C * C + 4 * C),
-        "feed-forward": N * ((ways + 1) * C * F + ways * F + C),
-        "layer norms": (2 * N + 1) * (2 if cfg.norm == "layer" else 1) * C,
+        "feed-forward": N * (2 * C * F + F + C),
+        "layer norms": (2 * N + 1) * 2 * C,
         "head": 0 if cfg.tie_weights else V * C,
     }
 
+
+def parameter_formula(cfg: ModelConfig) -> dict[str, int]:  # part -> parameters
+    "The same count from the shapes alone; `InputError` for parts that variants has."
+    check_plain(cfg)
+    return plain_parameters(cfg)
+
 # %% ../nbs/04_model.ipynb #5623eb55
+def plain_flops(cfg: ModelConfig, T: int) -> dict[str, int]:  # part -> FLOPs per token
+    "The work of a model that has the plain parts in this shape."
+    V, C, N, F = cfg.vocab_size, cfg.embed_dim, cfg.num_layers, cfg.ffn_dim
+    return {
+        "attention projections": N * 2 * 4 * C * C,
+        "attention scores and mix": N * 2 * 2 * T * C,
+        "feed-forward": N * 2 * 2 * C * F,
+        "head": 2 * C * V,
+    }
+
+
 def flops_per_token(
     cfg: ModelConfig,
     T: int,  # tokens in the sequence
 ) -> dict[str, int]:  # part -> floating point operations
     """Multiply-adds of the forward pass, two operations each; every query meets every key, as the
-    plain path computes them.
+    explicit path computes them. `InputError` for parts that variants has.
     """
-    V, C, N, matrices = (
-        cfg.vocab_size,
-        cfg.embed_dim,
-        cfg.num_layers,
-        3 if cfg.activation == "swiglu" else 2,
-    )
-    return {
-        "attention projections": N * 2 * 4 * C * C,
-        "attention scores and mix": N * 2 * 2 * T * C,
-        "feed-forward": N * 2 * matrices * C * cfg.ffn_dim,
-        "head": 2 * C * V,
-    }
+    check_plain(cfg)
+    return plain_flops(cfg, T)

@@ -34,7 +34,10 @@ from accelerate.utils import set_seed
 from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 
-from . import __version__
+from tinytransformer import (
+    __version__,
+    variants,  # noqa: F401 (it adds its parts to the tables of the chapters)
+)
 from tinytransformer.checkpoint import (
     START,
     Checkpoints,
