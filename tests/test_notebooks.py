@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
-LONGEST_FIRST = ["05_train", "06_generate", "gpt2_twin", "attention_map", "04_model", "serve"]
+LONGEST_FIRST = ["05_train", "06_generate", "gpt2_twin", "attention_map", "04_model", "engine"]
 NOTEBOOKS = sorted(
     (path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts),
     key=lambda path: (*(path.stem != name for name in LONGEST_FIRST), path),

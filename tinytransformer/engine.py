@@ -11,6 +11,7 @@ __all__ = ['SPARE', 'STRATEGIES', 'candidates', 'sample_tokens', 'StreamDecoder'
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -142,7 +143,7 @@ class Row:
     generator: torch.Generator  # of its random numbers
     decoder: StreamDecoder | None  # turns tokens into text; None where there is no tokenizer
     top_logprobs: int | None  # how many of the likeliest tokens to report; None: no logprobs at all
-    finish_reason: str | None = None  # "stop" or "length"
+    finish_reason: Literal["stop", "length"] | None = None
 
     def __post_init__(self):
         # what decides the draw; rows that agree in it go through the controls together
@@ -220,7 +221,7 @@ class Batch:
         # just added, or the window has to jump
         fresh = [i for i, n in enumerate(used.lengths.tolist()) if n in (0, used.capacity)]
         used.reset(fresh)
-        logits = used.kv.new_zeros(B, self.model.cfg.vocab_size)
+        logits = used.kv.new_zeros(B, len(self.model.head.weight))
         if len(fresh) < B:
             newest = torch.tensor([row.ids[-1:] for row in self.rows], device=device)  # (B, 1)
             logits = extend(self.model, newest, used)
@@ -236,7 +237,8 @@ class Batch:
 
     def draw(self, logits: torch.Tensor) -> list[int]:  # (B, V) -> B token ids
         "A token for each row; rows with the same controls go through them together."
-        tokens, groups = [0] * len(self.rows), {}
+        tokens = [0] * len(self.rows)
+        groups: dict[tuple, list[int]] = {}  # controls -> rows
         for i, row in enumerate(self.rows):
             groups.setdefault(row.controls, []).append(i)
         for members in groups.values():
@@ -366,6 +368,7 @@ def check_beams(model: ModelConfig, prompt: list[int], beams: int, max_new_token
             f"{len(prompt)} tokens and {max_new_tokens} more do not fit into the context of"
             f" {model.seq_len}: ask for less"
         )
+    assert model.vocab_size is not None  # known once a model is built
     check_ids(torch.tensor(prompt), model.vocab_size)
 
 
@@ -385,7 +388,9 @@ def beam_search(
     device = next(model.parameters()).device
     cache = KVCache.empty(model, 1, len(prompt) + max_new_tokens)
     logits = extend(model, torch.tensor([prompt], device=device), cache)  # (1, V)
-    texts, scores, finished = [[]], logits.new_zeros(1), []
+    texts: list[list[int]] = [[]]
+    scores = logits.new_zeros(1)
+    finished: list[tuple[float, list[int]]] = []
     for length in range(1, max_new_tokens + 1):
         norm = length**length_penalty
         # twice as many as are kept, because some may end here
@@ -408,7 +413,7 @@ def beam_search(
 
 # %% ../nbs/appendix/engine.ipynb #6dcb8748
 # what `compare` shows: name -> settings
-STRATEGIES = {
+STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": dict(temperature=0.0),
     "sampling": {},
     "temperature 0.7": dict(temperature=0.7),
@@ -441,9 +446,10 @@ def compare(
         batch = start_batch(model, prompts, replace(cfg, **settings), tokenizer, top_logprobs=0)
         rows, tokens = list(batch.rows), list(batch.run())
         texts = [row.written for row in rows]
+        logprobs = [token.logprob for token in tokens if token.logprob is not None]
         row = dict(
             name=name,
-            perplexity=math.exp(-sum(token.logprob for token in tokens) / len(tokens)),
+            perplexity=math.exp(-sum(logprobs) / len(logprobs)),
             repetition=1 - sum(distinct([text]) for text in texts) / n,
             diversity=distinct(texts),
             text="".join(token.text for token in tokens if token.row is rows[0]),

@@ -6,7 +6,7 @@
 __all__ = ['GREEDY_BELOW', 'keep_top_k', 'keep_mass', 'keep_top_p', 'keep_min_p', 'keep_typical', 'penalise_repetition',
            'penalise_frequency', 'bias_tokens', 'SampleConfig', 'apply_penalties', 'truncate_logits',
            'next_distribution', 'KVCache', 'KVLayer', 'evaluating', 'extend', 'window_length', 'row_generator',
-           'draw_token', 'check_prompt', 'check_logits', 'generate', 'count_tokens', 'encode_prompt']
+           'draw_token', 'check_prompt', 'check_logits', 'count_tokens', 'generate', 'encode_prompt']
 
 # %% ../nbs/06_generate.ipynb #e427af26
 import math
@@ -276,9 +276,9 @@ class KVCache:
         "Forget what lies beyond the first tokens of each row, such as padding."
         self.lengths.copy_(lengths)
 
-    def reset(self, rows: list[int]) -> None:
+    def reset(self, rows: Sequence[int]) -> None:
         "Forget all tokens of these rows."
-        self.lengths[rows] = 0
+        self.lengths[list(rows)] = 0
 
     def first(self, rows: int) -> "KVCache":
         "The first rows alone; what is written into them is written into this cache."
@@ -383,7 +383,7 @@ def draw_token(
     positions = (sums <= u[:, None] * sums[:, -1:]).sum(dim=-1)  # (B,)
     return possible[positions.to(possible.device)]
 
-# %% ../nbs/06_generate.ipynb #79b11667
+# %% ../nbs/06_generate.ipynb #d2ea3c1d
 def check_prompt(
     ids: torch.Tensor,  # (T,) or (B, T) token ids
     cfg: SampleConfig,
@@ -391,6 +391,7 @@ def check_prompt(
 ) -> None:
     "Raise `InputError` unless this model can go on from these tokens with these settings."
     T, V, context = ids.shape[-1], model.vocab_size, model.seq_len
+    assert V is not None  # known once a model is built
     if T == 0:
         raise InputError("the prompt is empty: give at least one token")
     if T > context:
@@ -415,6 +416,15 @@ def check_logits(logits: torch.Tensor) -> None:
         )
 
 
+def count_tokens(
+    ids: torch.Tensor,  # (B, n)
+    vocab_size: int,  # V
+) -> torch.Tensor:  # (B, V)
+    "How often each token occurs in each row."
+    counts = torch.zeros(len(ids), vocab_size, dtype=torch.long, device=ids.device)
+    return counts.scatter_add(1, ids, torch.ones_like(ids))
+
+# %% ../nbs/06_generate.ipynb #79b11667
 @torch.no_grad()
 def generate(
     model: Transformer,  # in any mode: dropout is off here
@@ -430,6 +440,8 @@ def generate(
             "stop strings are looked for in text, and `generate` has no tokenizer: call"
             " `engine.complete`"
         )
+    given_device = ids.device
+    ids = ids.to(next(model.parameters()).device)
     B, T = ids.shape
     context = model.cfg.seq_len
     generators = [row_generator(cfg.seed, row) for row in range(B)]
@@ -439,27 +451,18 @@ def generate(
     new, ended = ids, torch.zeros(B, 1, dtype=torch.bool, device=ids.device)
     for n in range(T, T + cfg.max_new_tokens):  # tokens in the text
         if n > context and window_length(n - 1, context) == context:  # the window was full
-            cache.reset(range(B))
+            cache.reset(list(range(B)))
             new = ids[:, -window_length(n, context) :]
         logits = extend(model, new, cache).float()  # (B, V)
         check_logits(logits)
-        counts = count_tokens(ids[:, T:], model.cfg.vocab_size) if counted else None
+        counts = count_tokens(ids[:, T:], logits.shape[1]) if counted else None
         drawn = draw_token(next_distribution(logits, ids, cfg, counts), generators)[:, None]
         new = torch.where(ended, ids[:, -1:], drawn)  # (B, 1)
         ids = torch.cat([ids, new], dim=1)  # (B, n + 1)
         ended |= torch.isin(new, stop_tokens)
         if ended.all():
             break
-    return ids
-
-
-def count_tokens(
-    ids: torch.Tensor,  # (B, n)
-    vocab_size: int,  # V
-) -> torch.Tensor:  # (B, V)
-    "How often each token occurs in each row."
-    counts = torch.zeros(len(ids), vocab_size, dtype=torch.long, device=ids.device)
-    return counts.scatter_add(1, ids, torch.ones_like(ids))
+    return ids.to(given_device)
 
 # %% ../nbs/06_generate.ipynb #582ba5a9
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

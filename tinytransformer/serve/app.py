@@ -12,7 +12,7 @@ import asyncio
 import hmac
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -230,7 +230,7 @@ def add_completion_route(api: APIRouter, service: Service) -> None:
         # an error before the first event still becomes the status of the answer
         first = await while_connected(request, anext(events))
 
-        async def all_events() -> AsyncIterator[str]:
+        async def all_events() -> AsyncGenerator[str, None]:
             async with aclosing(events):
                 yield first
                 async for event in events:

@@ -10,7 +10,7 @@ __all__ = ['EncodedPrompt', 'LogprobsFormatter', 'encode_prompts', 'check_reques
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from tokenizers import Tokenizer
@@ -54,7 +54,7 @@ class LogprobsFormatter:
         tokens = token_texts(self.tokenizer, piece.ids)
         top_logprobs: list[dict[str, float] | None] = []
         for token, top, logprob in zip(tokens, piece.top_logprobs, piece.logprobs):
-            if top is None:
+            if top is None or logprob is None:
                 top_logprobs.append(None)
                 continue
             names = token_texts(self.tokenizer, list(top))
@@ -120,6 +120,7 @@ def check_request(body: CompletionRequest, prompts: int, cfg: ServeConfig) -> No
 def check_tokens(ids: list[int], body: CompletionRequest, model: ModelConfig) -> None:
     "That the model can read a prompt, and go on as far as is asked; raises `APIError`."
     context, V = model.seq_len, model.vocab_size
+    assert V is not None  # known once a model is built
     total = len(ids) + body.max_tokens
     if total > context:
         raise APIError(
@@ -188,7 +189,7 @@ class CompletionWriter:
         ]
         self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         "What the decoder writes, counted."
         async with aclosing(self.decoder.write(self.choices)) as pieces:
             async for piece in pieces:
@@ -230,10 +231,10 @@ class CompletionWriter:
     def mean_logprob(self, piece: Piece) -> float:
         "Of the tokens that were written, in nats."
         echoed = len(self.choices[piece.index].prompt) if self.body.echo else 0
-        logprobs = piece.logprobs[echoed:]
+        logprobs = [logprob for logprob in piece.logprobs[echoed:] if logprob is not None]
         return sum(logprobs) / len(logprobs) if logprobs else 0.0
 
-    async def stream(self) -> AsyncIterator[str]:
+    async def stream(self) -> AsyncGenerator[str, None]:
         "Events, as soon as there is text; after them the usage, if it was asked for."
         options = self.body.stream_options
         with_usage = options is not None and options.include_usage

@@ -12,10 +12,10 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import prometheus_client as prometheus
 import torch
@@ -47,8 +47,8 @@ class Piece:
     text: str
     ids: list[int]
     logprobs: list[float | None]
-    top_logprobs: list[dict[int, float] | None]
-    finish_reason: str | None = None  # why it ends here
+    top_logprobs: list[dict[int, float] | None]  # token id -> log-probability
+    finish_reason: Literal["stop", "length"] | None = None  # why it ends here
     echo: bool = False  # it is the prompt
 
     def __add__(self, more: "Piece") -> "Piece":
@@ -225,7 +225,8 @@ class Worker:
     def admit(self, choice: Choice) -> list[Update]:
         "Read a prompt and give it a row; what there is to report at once."
         self.metrics.read.inc(len(choice.prompt))
-        logprobs = top_logprobs = [None] * len(choice.prompt)
+        logprobs: list[float | None] = [None] * len(choice.prompt)
+        top_logprobs: list[dict[int, float] | None] = [None] * len(choice.prompt)
         try:
             if choice.echo and choice.top_logprobs is not None:
                 logprobs, top_logprobs = prompt_logprobs(
@@ -238,9 +239,16 @@ class Worker:
             return [(choice, self.failed("a prompt"))]
         if not choice.echo:
             return []
-        reason = None if choice.cfg else "length"
-        texts = choice.index, choice.text, choice.prompt
-        return [(choice, Piece(*texts, logprobs, top_logprobs, reason, echo=True))]
+        piece = Piece(
+            choice.index,
+            choice.text,
+            choice.prompt,
+            logprobs,
+            top_logprobs,
+            None if choice.cfg else "length",
+            echo=True,
+        )
+        return [(choice, piece)]
 
     def step(self) -> list[Update]:
         "A token for every row."
@@ -249,8 +257,9 @@ class Worker:
             choice, reason = self.running[token.row], token.row.finish_reason
             if reason:
                 del self.running[token.row]
-            tops = [token.top_logprobs]
-            piece = Piece(choice.index, token.text, [token.id], [token.logprob], tops, reason)
+            piece = Piece(
+                choice.index, token.text, [token.id], [token.logprob], [token.top_logprobs], reason
+            )
             updates.append((choice, piece))
         return updates
 
@@ -325,7 +334,7 @@ class Decoder:
         finally:
             self.free += 1
 
-    async def write(self, choices: list[Choice]) -> AsyncIterator[Piece]:
+    async def write(self, choices: list[Choice]) -> AsyncGenerator[Piece, None]:
         "Pieces of all the choices as they come; whatever is left at the end is cancelled."
         self.reserve(len(choices))
         pieces: asyncio.Queue[Piece | APIError] = asyncio.Queue()

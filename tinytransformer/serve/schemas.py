@@ -50,8 +50,8 @@ class ServeConfig:
 
 # %% ../../nbs/appendix/serve_schemas.ipynb #c0c1b55b
 class StrictModel(BaseModel):
-    """The body of a request: only the fields named here, each of exactly its type; null is the
-    default of a field.
+    """The body of a request: only the fields named here, each of exactly its type. Where a field
+    has a default, null may be given for it.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -63,6 +63,21 @@ class StrictModel(BaseModel):
             return values
         return {name: value for name, value in values.items() if value is not None}
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict:
+        "Say so in the OpenAPI document, too."
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        for name, value in schema["properties"].items():
+            null_is_allowed = {"type": "null"} in value.get("anyOf", [])
+            if name not in schema.get("required", []) and not null_is_allowed:
+                about = {
+                    key: value.pop(key)
+                    for key in ("default", "title", "description")
+                    if key in value
+                }
+                schema["properties"][name] = {"anyOf": [value, {"type": "null"}]} | about
+        return schema
+
 
 Prompt = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -71,7 +86,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 class StreamOptions(StrictModel):
     "What else a stream contains."
 
-    include_usage: bool | None = False
+    include_usage: bool = False
 
 
 class CompletionRequest(StrictModel):
@@ -85,21 +100,21 @@ class CompletionRequest(StrictModel):
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
     suffix: str | None = Field(None, description="Refused: the model only reads forward.")
-    max_tokens: Annotated[int, Field(ge=0)] | None = Field(16, description="0 only with `echo`.")
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    n: Annotated[int, Field(ge=1, le=128)] | None = 1
+    max_tokens: Annotated[int, Field(ge=0)] = Field(16, description="0 only with `echo`.")
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    n: Annotated[int, Field(ge=1, le=128)] = 1
     best_of: Annotated[int, Field(ge=1, le=20)] | None = Field(
         None,
         description="Writes this many and returns the `n` with the highest mean log-probability.",
     )
-    stream: bool | None = False
+    stream: bool = False
     stream_options: StreamOptions | None = None
     stop: Prompt | Annotated[list[Prompt], Field(max_length=4)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: bool | None = False
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
+    echo: bool = False
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     logit_bias: (
         dict[
             Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]
@@ -110,10 +125,10 @@ class CompletionRequest(StrictModel):
         None, description="Left out, one is drawn."
     )
     user: str | None = Field(None, description="Not used.")
-    top_k: Annotated[int, Field(ge=-1)] | None = Field(-1, description="0 and -1 keep all tokens.")
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    typical_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = Field(-1, description="0 and -1 keep all tokens.")
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    typical_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
 
 
 class AttentionRequest(StrictModel):
@@ -233,7 +248,7 @@ def describe_validation_errors(
     "The first field that does not fit, in one line."
     where = errors[0]["loc"][1:2]
     name = str(where[0]) if where and isinstance(where[0], str) else None
-    if errors[0]["type"] == "extra_forbidden" and len(errors[0]["loc"]) == 2:
+    if name and errors[0]["type"] == "extra_forbidden" and len(errors[0]["loc"]) == 2:
         message = f"Unrecognized request argument supplied: {name[:100]!a}"
         return APIError(400, message, ascii_only(name[:100]))
     # a field of several forms has an error for each of them
