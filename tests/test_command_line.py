@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from tinytransformer.__main__ import COMMANDS as DESCRIPTIONS
 from tinytransformer.cli import main, parse
+from tinytransformer.corpus import load_corpus
 
 
 def snapshot(folder: Path) -> dict:
@@ -164,6 +165,19 @@ def test_same_seed_same_run(here):
     }
     assert read["a"] == read["b"]
     assert read["a"][0] != read["c"][0] and read["a"][1] != read["c"][1]
+
+
+def test_training_prepares_once(here, monkeypatch):
+    "The text is checked and opened once for a training, because every file of it is hashed."
+    opened = []
+
+    def load(folder):
+        opened.append(folder)
+        return load_corpus(folder)
+
+    monkeypatch.setattr("tinytransformer.corpus.load_corpus", load)
+    main(["train", "--config", "tiny", "--folder", "runs/once", *SMALL])
+    assert len(opened) == 1
 
 
 def test_second_prepare_changes_nothing(here, capsys):

@@ -303,6 +303,7 @@ def resolve_settings(
     train: TrainConfig,
     resume: bool = False,
     sections: dict[str, object] | None = None,  # further dataclasses by the name of their section
+    corpus: Corpus | None = None,  # of `data`, if it has been prepared already
 ) -> Job:
     """Prepare the text and complete the settings; nothing is written in the folder `run`. Raises
     `InputError` for settings that do not fit the text.
@@ -310,7 +311,7 @@ def resolve_settings(
     if train.init_from:
         begun = run if resume else None
         data, model = settings_from_gpt2(data, model, train.init_from, begun)
-    corpus = prepare(data)
+    corpus = corpus or prepare(data)
     model = replace(model, vocab_size=model.vocab_size or corpus.vocab_size)
     if model.vocab_size != corpus.vocab_size:
         raise InputError(
@@ -337,6 +338,7 @@ def train_run(
     write: Callable[[Transformer], str] = lambda model: "",
     # further dataclasses to keep in the run's configuration, by the name of their section
     sections: dict[str, object] | None = None,
+    corpus: Corpus | None = None,  # of `data`, if it has been prepared already
 ) -> "Run":
     """Prepare, train, and keep everything about it in the folder `run`.
 
@@ -344,7 +346,7 @@ def train_run(
     written, and if training diverges; `Stopped` after SIGINT or SIGTERM, with a checkpoint written;
     `OtherRankFailed` where process 0 reports the reason.
     """
-    job = resolve_settings(run, data, model, train, resume, sections)
+    job = resolve_settings(run, data, model, train, resume, sections, corpus)
     accelerator = make_accelerator(train)
     if train.optimizer == "muon" and accelerator.is_fsdp2:
         raise InputError(
