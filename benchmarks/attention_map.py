@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from playwright.sync_api import sync_playwright
 
-from tinytransformer.attention_map import attention_map, decode, encode, look
+from tinytransformer.attention_map import attention_map, decode, encode
 from tinytransformer.corpus import prepare
 from tinytransformer.data import Blocks, DataConfig
+from tinytransformer.explorer import look
 from tinytransformer.model import ModelConfig, Transformer
 from tinytransformer.train import TrainConfig, fit
 

@@ -11,7 +11,8 @@ from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT
 from playwright.sync_api import Page
 
-from tinytransformer.attention_map import attention_map, decode, encode, look, script, side_by_side
+from tinytransformer.attention_map import attention_map, decode, encode, script, side_by_side
+from tinytransformer.explorer import look
 from tinytransformer.model import ModelConfig, Transformer
 
 WORDS = "the cat sat on the mat and the cat slept".split()
@@ -469,7 +470,16 @@ def test_many_heads_and_tokens(show):
     assert abs(state(page)["token"] - 299) <= 1 and abs(state(page)["key"] - 7) <= 1
 
 
-@pytest.mark.parametrize("name", ["02_attention", "06_generate", "appendix/attention_map"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "02_attention",
+        "06_generate",
+        "appendix/attention_map",
+        "appendix/explorer",
+        "appendix/gpt2_twin",
+    ],
+)
 def test_saved_notebooks(show, name):
     "The maps that are saved in the book, on one page: all drawn, by the script as it is now."
     notebook = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)

@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from tinytransformer.__main__ import COMMANDS as DESCRIPTIONS
 from tinytransformer.cli import main, parse
+from tinytransformer.corpus import load_corpus
 
 
 def snapshot(folder: Path) -> dict:
@@ -166,6 +167,19 @@ def test_same_seed_same_run(here):
     assert read["a"][0] != read["c"][0] and read["a"][1] != read["c"][1]
 
 
+def test_training_prepares_once(here, monkeypatch):
+    "The text is checked and opened once for a training, because every file of it is hashed."
+    opened = []
+
+    def load(folder):
+        opened.append(folder)
+        return load_corpus(folder)
+
+    monkeypatch.setattr("tinytransformer.corpus.load_corpus", load)
+    main(["train", "--config", "tiny", "--folder", "runs/once", *SMALL])
+    assert len(opened) == 1
+
+
 def test_second_prepare_changes_nothing(here, capsys):
     before = snapshot(here / "data")
     main(["prepare", "--config", "tiny", *SMALL])
@@ -294,7 +308,7 @@ def test_bf16_where_the_device_has_it(here, change, monkeypatch, capsys):
     """
 
     def losses(has):
-        for module in ("train", "devices"):
+        for module in ("variants", "devices"):
             monkeypatch.setattr(f"tinytransformer.{module}.has_bf16", lambda device: has)
         run = here / "runs" / f"{change.split()[1]}-{has}"
         main(["train", "--config", "tiny", "--folder", str(run), *SMALL, *change.split()])

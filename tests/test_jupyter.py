@@ -51,7 +51,8 @@ def test_run_all(launch, book, tmp_path):
 
 NOTEBOOK = """
 import numpy as np
-from tinytransformer.attention_map import AttentionExplorer, attention_map
+from tinytransformer.attention_map import attention_map
+from tinytransformer.explorer import AttentionExplorer
 from tinytransformer.model import ModelConfig, Transformer
 from tinytransformer.data import train_bpe
 tokenizer = train_bpe(["the cat sat on the mat and the cat slept"] * 9, 270)

@@ -960,7 +960,8 @@ def test_numbers(run):
 
 
 def test_attention(local, run):
-    from tinytransformer.attention_map import attention_map, look, token_texts
+    from tinytransformer.attention_map import attention_map
+    from tinytransformer.explorer import look, token_texts
 
     ids = run.tokenizer.encode(" = The cat").ids
     tokens = token_texts(run.tokenizer, ids)

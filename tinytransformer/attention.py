@@ -119,4 +119,5 @@ class MultiHeadAttention(nn.Module):
         return (out, weights) if return_weights else out
 
 
-ATTENTIONS = {"learned": MultiHeadAttention}  # by `ModelConfig.positions`; `variants` adds others
+# by `ModelConfig.positions`; `variants` adds others
+ATTENTIONS: dict[str, type[MultiHeadAttention]] = {"learned": MultiHeadAttention}

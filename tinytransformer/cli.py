@@ -30,9 +30,9 @@ import textwrap
 import time
 import tokenize
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
+from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args, get_origin
@@ -57,9 +57,9 @@ from tinytransformer.runs import (
     RECALL,
     TRAINED,
     Run,
-    begun_from,
     load_run,
     near_floor,
+    settings_from_gpt2,
     train_run,
 )
 from .train import Stopped, TrainConfig, evaluate, perplexities
@@ -90,14 +90,15 @@ def comments_in(
             if not token.line[:column].strip():
                 alone.add(line)
     found = {}
-    for node in ast.parse(source).body[0].body:
-        if not isinstance(node, ast.AnnAssign):
+    body = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+    for node in body:
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
         line = node.lineno
         while line - 1 in alone:
             line -= 1
         above = " ".join(comments[n] for n in range(line, node.lineno))
-        if text := comments.get(node.end_lineno, above):
+        if text := comments.get(node.end_lineno or line, above):
             found[node.target.id] = text
     return found
 
@@ -106,7 +107,7 @@ def add_fields(
     parser: ArgumentParser,
     cls: type,  # one of the configuration dataclasses
     section: str | None = None,  # prefix of the options
-    skip: set[str] = frozenset(),  # fields that get no option
+    skip: Collection[str] = (),  # fields that get no option
 ) -> None:
     "Give `parser` an option for each field of `cls`, explained by the comment of the field."
     parser.add_class_arguments(cls, section, skip=set(skip))
@@ -139,6 +140,10 @@ def add_prepare_options(parser: ArgumentParser) -> None:
     )
     for section, cls in SECTIONS.items():
         add_fields(parser, cls, section)
+    # a first edition's name of --train.init_from, which is also in its files
+    parser.add_argument(
+        "--model.from_hf", type=str | None, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
 
 
 def add_train_options(parser: ArgumentParser) -> None:
@@ -223,7 +228,7 @@ def make_parser(
     command: str,  # the one that gets its options
 ) -> ArgumentParser:
     "The whole parser. Raises `InputError` if the packages that `serve` needs are missing."
-    settings = dict(exit_on_error=False, allow_abbrev=False)
+    settings: dict[str, Any] = dict(exit_on_error=False, allow_abbrev=False)
     parser = ArgumentParser(
         prog="tinytransformer", usage="tinytransformer COMMAND ...", version=__version__, **settings
     )
@@ -308,7 +313,11 @@ def parse(
         if run and not asked.config:
             args = [command, f"--config={run / 'config.yaml'}", *args[1:]]
     parser = make_parser(command)
-    cfg = parser.instantiate(parser.parse_args(args))
+    cfg = parser.parse_args(args)
+    # of a first edition
+    if command in ("prepare", "train") and (source := cfg[command].model.pop("from_hf", None)):
+        cfg[command].train.init_from = source
+    cfg = parser.instantiate(cfg)
     settings = cfg[cfg.subcommand]
     if command in ("prepare", "train"):
         if not settings.config:
@@ -316,11 +325,11 @@ def parse(
                 f"--config is missing: give {', '.join(PACKAGED)}, or the path of a YAML file"
             )
         # what a file says of the shape gives way; what is typed must agree
-        if settings.model.from_hf:
+        if settings.train.init_from:
             _, rest = split_options(args[1:], ["--resume", "--config", "--folder"])
             typed = parser.parse_args([command, *rest], defaults=False)[command].keys()
-            settings.data, settings.model = begun_from(
-                settings.data, settings.model, run, list(typed)
+            settings.data, settings.model = settings_from_gpt2(
+                settings.data, settings.model, settings.train.init_from, run, list(typed)
             )
     if command == "train":
         settings.resume = run
@@ -369,11 +378,14 @@ def new_folder(
     name: str,  # of the configuration
 ) -> Path:
     "`runs/name`, or the first of `runs/name-2`, `runs/name-3`, ... that is not there yet."
-    for k in count(1):
+    k = 1
+    while True:
         path = Path("runs") / (name if k == 1 else f"{name}-{k}")
-        with suppress(FileExistsError):
+        try:
             path.mkdir(parents=True)  # if two start at the same moment, one of them gets it
             return path
+        except FileExistsError:
+            k += 1
 
 
 def unseen_titles(
@@ -465,6 +477,7 @@ def train_command(cfg: Namespace) -> None:
             cfg.data,
             cfg.model,
             cfg.train,
+            corpus=corpus,
             resume=bool(cfg.resume),
             log=log,
             write=lambda model: article(model, titles[0]),
@@ -566,9 +579,10 @@ def generate_command(cfg: Namespace) -> None:
     print()
 
 
-def given_fields(cfg: Namespace, cls: type) -> dict:  # field -> value
+def given_fields(cfg: Namespace, cls: type[Any]) -> dict[str, Any]:  # field -> value
     "The fields of a dataclass that were given on the command line."
-    return {field: cfg.given[field] for field in cls.__dataclass_fields__ if field in cfg.given}
+    names = {field.name for field in fields(cls)}
+    return {name: value for name, value in cfg.given.items() if name in names}
 
 
 def sample_config(cfg: Namespace, run: Run) -> SampleConfig:

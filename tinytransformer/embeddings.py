@@ -6,6 +6,9 @@
 __all__ = ['EMBEDDINGS', 'check_ids', 'embed', 'Embeddings', 'sinusoids']
 
 # %% ../nbs/01_embeddings.ipynb #6cdbd9e3
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -77,7 +80,8 @@ class Embeddings(nn.Module):
         return self.dropout(vectors)
 
 
-EMBEDDINGS = {"learned": Embeddings}  # by `ModelConfig.positions`; `variants` adds others
+# by `ModelConfig.positions`; `variants` adds others
+EMBEDDINGS: dict[str, Callable[..., Any]] = {"learned": Embeddings}
 
 # %% ../nbs/01_embeddings.ipynb #5e3ed942
 def sinusoids(

@@ -10,6 +10,7 @@ __all__ = ['IGNORE_INDEX', 'softmax_loss_', 'HeadLoss', 'add_product', 'head_los
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,8 +63,8 @@ class HeadLoss(torch.autograd.Function):
         # each row begins at a multiple of 64 values
         buffer = hidden.new_empty(min(N, chunk), math.ceil(V / 64) * 64, dtype=dtype)
         losses = hidden.new_empty(N, dtype=exact)
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=exact) if needs_grad else None
+        grad_hidden = torch.empty_like(hidden if needs_grad else hidden[:0])
+        grad_weight = torch.zeros_like(weight if needs_grad else weight[:0], dtype=exact)
         for start in range(0, N, chunk):
             rows = slice(start, start + chunk)
             h, target = hidden[rows].to(dtype), targets[rows]
@@ -138,7 +139,7 @@ def recomputed(
     x: torch.Tensor,  # (B, T, C)
     cache: object = None,  # would get the tokens twice, so nothing is recomputed with one
     *args: object,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Any:  # what the block gives
     "A block's output; what lies inside it is computed again in the backward pass."
     if block.training and torch.is_grad_enabled() and cache is None:
         return checkpoint(block, x, cache, *args, use_reentrant=False)
@@ -227,11 +228,11 @@ def cpu_attention(
     if dropout > 0:
         return drop(attention_weights(q, k), dropout) @ v
     with torch.autocast("cpu", enabled=False):
-        single = [t.float() if t.dtype == torch.bfloat16 else t for t in (q, k, v)]
+        dtype = torch.float32 if q.dtype == torch.bfloat16 else q.dtype
         if torch.get_float32_matmul_precision() == "highest" or torch.compiler.is_compiling():
-            heads = fused_attention(*single)
+            heads = fused_attention(q.to(dtype), k.to(dtype), v.to(dtype))
         else:
-            heads = CPUAttention.apply(*single)
+            heads = CPUAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype))
     return heads.to(q.dtype)
 
 # %% ../nbs/appendix/fast.ipynb #a28bca4e

@@ -276,9 +276,9 @@ class KVCache:
         "Forget what lies beyond the first tokens of each row, such as padding."
         self.lengths.copy_(lengths)
 
-    def reset(self, rows: list[int]) -> None:
+    def reset(self, rows: Sequence[int]) -> None:
         "Forget all tokens of these rows."
-        self.lengths[rows] = 0
+        self.lengths[list(rows)] = 0
 
     def first(self, rows: int) -> "KVCache":
         "The first rows alone; what is written into them is written into this cache."

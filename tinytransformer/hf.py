@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import safetensors.torch
 import torch
@@ -25,7 +25,7 @@ from . import __version__
 from .corpus import hub_error
 from .data import is_hub_name
 from .files import InputError, check, read_json, read_rows, whole_folder, write_whole
-from .model import ModelConfig, Transformer, count_parameters
+from .model import ModelConfig, Transformer, count_parameters, known_vocab_size
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -91,7 +91,11 @@ def hf_folder(
 
 # %% ../nbs/appendix/gpt2_twin.ipynb #243ae6d2
 # GPT-2's name -> ours
-HF_ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
+HF_ACTIVATIONS: dict[str, Literal["relu", "gelu"]] = {
+    "relu": "relu",
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+}
 
 
 def read_hf_config(
@@ -257,7 +261,7 @@ def load_hf_weights(
     # all names have been compared; a tied matrix has two of ours
     model.load_state_dict(weights, strict=False, assign=True)
     if model.cfg.tie_weights:
-        model.head.weight = model.embeddings.token.weight
+        model.head.weight = model.get_parameter("embeddings.token.weight")
 
 # %% ../nbs/appendix/gpt2_twin.ipynb #f2c4b749
 def from_hf(
@@ -267,14 +271,14 @@ def from_hf(
     tensor that does not fit.
     """
     if isinstance(source, nn.Module):
-        where = "the model"
-        cfg, weights = read_hf_config(where, source.config.to_dict()), source.state_dict()
+        name = "the model"
+        cfg, weights = read_hf_config(name, source.config.to_dict()), source.state_dict()
     else:
-        where = hf_folder(source)
-        cfg, weights = hf_shape(where), read_hf_weights(where)
+        folder = hf_folder(source)
+        name, cfg, weights = str(folder), hf_shape(folder), read_hf_weights(folder)
     with torch.device("meta"):
         model = Transformer(cfg)
-    load_hf_weights(str(where), weights, model)
+    load_hf_weights(name, weights, model)
     return model.eval()
 
 
@@ -291,7 +295,7 @@ def hf_config(cfg: ModelConfig) -> "GPT2Config":
                 f" train one with {' or '.join(dict.fromkeys(known))} to convert it"
             )
     return GPT2Config(
-        vocab_size=cfg.vocab_size,
+        vocab_size=known_vocab_size(cfg),
         n_positions=cfg.seq_len,
         n_embd=cfg.embed_dim,
         n_head=cfg.num_heads,

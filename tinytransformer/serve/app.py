@@ -28,7 +28,8 @@ from fastapi.security import HTTPBearer
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from ..attention_map import attention_map, look, token_texts
+from ..attention_map import attention_map
+from ..explorer import look, token_texts
 from ..files import InputError
 from ..generate import encode_prompt
 from ..runs import Run

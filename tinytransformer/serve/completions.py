@@ -15,8 +15,8 @@ from contextlib import aclosing
 
 from tokenizers import Tokenizer
 
-from ..attention_map import token_texts
 from ..engine import StreamDecoder
+from ..explorer import token_texts
 from ..generate import SampleConfig, encode_prompt
 from ..model import ModelConfig
 from .decoder import Choice, Decoder, Piece
