@@ -36,7 +36,7 @@ def kinds() -> list[str]:
     """
     import torch
 
-    from tinytransformer.train import has_bf16
+    from tinytransformer.devices import has_bf16
 
     return ["fp32", "bf16"] if has_bf16(torch.device("cpu")) else ["fp32"]
 

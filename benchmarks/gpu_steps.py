@@ -34,7 +34,7 @@ from benchmarks.wikitext2 import word_perplexity
 from tinytransformer.config import config_file, make_config, read_config
 from tinytransformer.corpus import Corpus, load_corpus, processed_dir
 from tinytransformer.data import DataConfig
-from tinytransformer.devices import make_accelerator, memory_mb
+from tinytransformer.devices import has_bf16, make_accelerator, memory_mb
 from tinytransformer.engine import complete
 from tinytransformer.fast import drop, fast_loss, head_loss
 from tinytransformer.files import InputError, read_json, read_rows
@@ -42,7 +42,7 @@ from tinytransformer.generate import KVCache, SampleConfig, extend, generate
 from tinytransformer.hf import to_hf
 from tinytransformer.model import ModelConfig, Transformer, count_parameters, next_token_loss
 from tinytransformer.runs import load_run, near_floor, train_run
-from tinytransformer.train import Stopped, TrainConfig, evaluate, fit, has_bf16, perplexities
+from tinytransformer.train import Stopped, TrainConfig, evaluate, fit, perplexities
 from tinytransformer.variants import flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent

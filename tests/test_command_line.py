@@ -308,7 +308,7 @@ def test_bf16_where_the_device_has_it(here, change, monkeypatch, capsys):
     """
 
     def losses(has):
-        for module in ("train", "devices"):
+        for module in ("variants", "devices"):
             monkeypatch.setattr(f"tinytransformer.{module}.has_bf16", lambda device: has)
         run = here / "runs" / f"{change.split()[1]}-{has}"
         main(["train", "--config", "tiny", "--folder", str(run), *SMALL, *change.split()])

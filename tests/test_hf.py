@@ -335,7 +335,7 @@ def test_training_begins_from_it(here, exported):
         "--sample.max_new_tokens",
         "5",
         *GENTLY,
-        "--model.from_hf",
+        "--train.init_from",
         str(source),
         "--model.seq_len",
         "16",
@@ -374,7 +374,7 @@ def test_killed_before_its_first_checkpoint(here, exported):
         "tiny",
         *SMALL,
         *GENTLY,
-        "--model.from_hf",
+        "--train.init_from",
         str(source),
         "--resume",
         "auto",
@@ -407,15 +407,8 @@ def test_a_run_begun_before_a_setting_existed(here):
         found = yaml.safe_load(file.read_text())
         sections = found.get("config", found)
         for section, names in dict(
-            model=(
-                "activation",
-                "from_hf",
-                "norm",
-                "positions",
-                "attention_dropout",
-                "embedding_dropout",
-            ),
-            train=("optimizer",),
+            model=("activation", "norm", "positions", "attention_dropout", "embedding_dropout"),
+            train=("optimizer", "init_from"),
         ).items():
             for name in names:
                 del sections[section][name]
@@ -432,8 +425,8 @@ def test_a_run_begun_before_a_setting_existed(here):
         (["--model.embed_dim=32"], "model.embed_dim is 32"),
         (["--data.tokenizer", "openai-community/gpt2"], "data.tokenizer"),
         (["--model.activation", "gelu"], "model.activation is gelu"),
-        (["--model.from_hf", "nowhere"], "no folder 'nowhere'"),
-        (["--model.from_hf", "bare"], "no tokenizer.json"),
+        (["--train.init_from", "nowhere"], "no folder 'nowhere'"),
+        (["--train.init_from", "bare"], "no tokenizer.json"),
     ],
 )
 def test_what_does_not_fit_to_begin_from(here, exported, args, message):
@@ -449,7 +442,7 @@ def test_what_does_not_fit_to_begin_from(here, exported, args, message):
                 "--folder",
                 "runs/never",
                 *SMALL,
-                "--model.from_hf",
+                "--train.init_from",
                 str(exported),
                 *args,
             ]

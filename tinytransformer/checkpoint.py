@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from accelerate.utils import gather_object
 
+from .config import upgrade_config
 from .data import DataConfig
 from .devices import log_message, on_main, processes
 from .files import InputError, digest, whole_folder, write_whole
@@ -273,12 +274,13 @@ class Checkpoints:
                 check_weights(model, read_start(self.run))
             return
         info, config = self.found.info, self.about["config"]
+        old = upgrade_config(info["config"])
         if not same_text(info, self.about):
             raise InputError(
                 f"the checkpoint in {self.run} was trained on other data or with another tokenizer:"
                 " give those it was trained on, or start a new run"
             )
-        check_unchanged(self.run, info["config"], config)
+        check_unchanged(self.run, old, config)
         step, most = info["progress"]["step"], config["train"]["max_steps"]
         if step > most:
             raise InputError(

@@ -57,9 +57,9 @@ from tinytransformer.runs import (
     RECALL,
     TRAINED,
     Run,
-    begun_from,
     load_run,
     near_floor,
+    settings_from_gpt2,
     train_run,
 )
 from .train import Stopped, TrainConfig, evaluate, perplexities
@@ -140,6 +140,10 @@ def add_prepare_options(parser: ArgumentParser) -> None:
     )
     for section, cls in SECTIONS.items():
         add_fields(parser, cls, section)
+    # a first edition's name of --train.init_from, which is also in its files
+    parser.add_argument(
+        "--model.from_hf", type=str | None, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
 
 
 def add_train_options(parser: ArgumentParser) -> None:
@@ -309,7 +313,11 @@ def parse(
         if run and not asked.config:
             args = [command, f"--config={run / 'config.yaml'}", *args[1:]]
     parser = make_parser(command)
-    cfg = parser.instantiate(parser.parse_args(args))
+    cfg = parser.parse_args(args)
+    # of a first edition
+    if command in ("prepare", "train") and (source := cfg[command].model.pop("from_hf", None)):
+        cfg[command].train.init_from = source
+    cfg = parser.instantiate(cfg)
     settings = cfg[cfg.subcommand]
     if command in ("prepare", "train"):
         if not settings.config:
@@ -317,11 +325,11 @@ def parse(
                 f"--config is missing: give {', '.join(PACKAGED)}, or the path of a YAML file"
             )
         # what a file says of the shape gives way; what is typed must agree
-        if settings.model.from_hf:
+        if settings.train.init_from:
             _, rest = split_options(args[1:], ["--resume", "--config", "--folder"])
             typed = parser.parse_args([command, *rest], defaults=False)[command].keys()
-            settings.data, settings.model = begun_from(
-                settings.data, settings.model, run, list(typed)
+            settings.data, settings.model = settings_from_gpt2(
+                settings.data, settings.model, settings.train.init_from, run, list(typed)
             )
     if command == "train":
         settings.resume = run

@@ -44,9 +44,6 @@ class ModelConfig:
     positions: Literal["learned", "rotary"] = "learned"  # a table of vectors, or rotary attention
     # what learned positions begin as: normal (random), or sinusoids
     position_start: Literal["normal", "sinusoids"] = "normal"
-    # begin with the weights of this GPT-2: a folder, or a name on the Hub; it brings its tokenizer
-    # and decides the fields above, but for seq_len and the dropouts
-    from_hf: str | None = None
 
     def __post_init__(self):
         def require(fits, name, wish):
