@@ -446,6 +446,7 @@ def generate(
     context = model.cfg.seq_len
     generators = [row_generator(cfg.seed, row) for row in range(B)]
     stop_tokens = torch.tensor(cfg.stop_tokens, dtype=torch.long, device=ids.device)
+    greedy = cfg.temperature < GREEDY_BELOW  # then there is nothing to draw
     counted = cfg.frequency_penalty != 0 or cfg.presence_penalty != 0
     cache = KVCache.empty(model, B, min(context, T + cfg.max_new_tokens))
     new, ended = ids, torch.zeros(B, 1, dtype=torch.bool, device=ids.device)
@@ -456,12 +457,14 @@ def generate(
         logits = extend(model, new, cache).float()  # (B, V)
         check_logits(logits)
         counts = count_tokens(ids[:, T:], logits.shape[1]) if counted else None
-        drawn = draw_token(next_distribution(logits, ids, cfg, counts), generators)[:, None]
-        new = torch.where(ended, ids[:, -1:], drawn)  # (B, 1)
+        probabilities = next_distribution(logits, ids, cfg, counts)
+        drawn = probabilities.argmax(dim=-1) if greedy else draw_token(probabilities, generators)
+        new = torch.where(ended, ids[:, -1:], drawn[:, None])  # (B, 1)
         ids = torch.cat([ids, new], dim=1)  # (B, n + 1)
-        ended |= torch.isin(new, stop_tokens)
-        if ended.all():
-            break
+        if cfg.stop_tokens:
+            ended |= torch.isin(new, stop_tokens)
+            if ended.all():
+                break
     return ids.to(given_device)
 
 # %% ../nbs/06_generate.ipynb #582ba5a9
