@@ -5,9 +5,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tinytransformer.engine import Batch, StreamDecoder, complete, start_batch, stream
+from tinytransformer.engine import (
+    Batch,
+    ByteDecoder,
+    StreamDecoder,
+    complete,
+    start_batch,
+    stream,
+    token_bytes,
+)
+from tinytransformer.explorer import byte_table
 from tinytransformer.files import InputError
 from tinytransformer.generate import SampleConfig, generate, window_length
 
@@ -311,3 +322,145 @@ def test_nothing_of_a_stop_string(kind):
         met = [s for s in beginnings if any(each in s for each in stop)]
         wanted = met[0][: min(met[0].find(each) for each in stop if each in met[0])]
         assert join_pieces(tokenizer, ids, stop=stop) == wanted, (text, stop)
+
+
+# --- bytes decide
+
+
+def several_bytes():
+    "Byte-level, with tokens of two and three bytes that begin and end anywhere, and a special one."
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letter = {byte: each for each, byte in byte_table().items()}
+    more = [
+        b" \xe2\x80",
+        b"\x94 ",
+        b"\x9f\x98",
+        b"\x8aab",
+        b"\xf0\x9f",
+        b"the",
+        b"\xed\xa0",
+        b"\xc3",
+    ]
+    names = ["".join(letter[b] for b in each) for each in more]
+    vocab = {each: i for i, each in enumerate(dict.fromkeys([*letters, *names]))}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer
+
+
+SEVERAL = several_bytes()
+BYTE = {token_bytes(SEVERAL, i): i for i in range(SEVERAL.get_vocab_size())}
+# any token, but often one whose bytes are a part of a character
+TOKENS = st.lists(
+    st.integers(0, SEVERAL.get_vocab_size() + 1) | st.sampled_from(sorted(BYTE.values())[-9:])
+)
+
+
+@given(TOKENS)
+def test_any_tokens_whole_and_streamed(ids):
+    "The pieces join to what decoding the whole gives, and no more than three bytes ever wait."
+    decoder = StreamDecoder(SEVERAL)
+    pieces = []
+    for n, token in enumerate(ids, 1):
+        pieces.append(decoder.add(token))
+        assert len(decoder.pending) <= 3
+        beginning = SEVERAL.decode(ids[:n])
+        assert "".join(pieces) + "\ufffd" * bool(decoder.pending) == beginning
+    assert "".join([*pieces, decoder.end()]) == SEVERAL.decode(ids)
+
+
+@given(TOKENS, TOKENS)
+def test_any_tokens_after_any_prompt(prompt, ids):
+    "By itself, or joined to the prompt: then a character may begin there."
+    assert join_pieces(SEVERAL, ids, prompt) == SEVERAL.decode(ids)
+    decoder = StreamDecoder(SEVERAL, before=prompt, join=True)
+    text = SEVERAL.decode(prompt)
+    text = text[:-1] if decoder.pending else text
+    text += "".join([decoder.add(i) for i in ids]) + decoder.end()
+    assert text == SEVERAL.decode(prompt + ids)
+
+
+@given(TOKENS)
+def test_where_any_token_begins(ids):
+    decoder, text, starts = ByteDecoder(SEVERAL), "", []
+    for token in ids:
+        piece = decoder.add(token)
+        starts.append(len(text) + decoder.start)
+        text += piece
+    text += decoder.end()
+    assert starts == sorted(starts)
+    for token, at in zip(ids, starts):
+        own = SEVERAL.decode([token])
+        if "\ufffd" not in own:
+            assert text[at : at + len(own)] == own
+
+
+@given(TOKENS, st.lists(st.text("ab \u2014\U0001f60a\xe9", min_size=1, max_size=3), max_size=3))
+def test_any_tokens_and_stop_strings(ids, stop):
+    "They are found as soon as their bytes are there."
+    written, wanted = b"", None
+    for n, token in enumerate(ids, 1):
+        written += token_bytes(SEVERAL, token)
+        ends = [at for s in stop if (at := written.find(s.encode())) >= 0]
+        if ends:
+            wanted = n, written[: min(ends)].decode(errors="replace")
+            break
+    decoder, pieces = StreamDecoder(SEVERAL, stop), []
+    for n, token in enumerate(ids, 1):
+        pieces.append(decoder.add(token))
+        if decoder.stopped:
+            assert wanted == (n, "".join(pieces)) and decoder.end() == ""
+            return
+    assert wanted is None and "".join([*pieces, decoder.end()]) == SEVERAL.decode(ids)
+
+
+def test_bytes_that_cannot_become_a_character():
+    "Each leaves at once, however many there are."
+    decoder = StreamDecoder(SEVERAL)
+    assert [decoder.add(BYTE[b"\x80"]) for _ in range(100)] == ["\ufffd"] * 100
+    assert not decoder.pending and decoder.end() == ""
+
+
+class Forced(MockModel):
+    "Writes these tokens of a byte-level tokenizer, one after the other."
+
+    cfg = SimpleNamespace(
+        vocab_size=300, seq_len=CONTEXT, num_layers=1, num_heads=1, head_dim=1, embed_dim=1
+    )
+    head = SimpleNamespace(weight=torch.eye(300))
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens = iter(tokens)
+
+    def hidden(self, ids, cache):
+        cache.extend(ids.shape[1])
+        token = next(self.tokens)
+        return torch.nn.functional.one_hot(torch.full(ids.shape, token), 300).float()
+
+
+@pytest.mark.parametrize("most", [1, 5])
+def test_stop_beside_half_a_character(most):
+    "A space and half of a dash in one token: nothing of it is written, also at the last token."
+    for stop in (" ", "<|endoftext|> ", "x"):
+        model = Forced([BYTE[b" \xe2\x80"]] * 5)
+        cfg = SampleConfig(most, temperature=0.0, stop=[stop])
+        batch = start_batch(model, [[1]], cfg, SEVERAL)
+        row, text = batch.rows[0], "".join(token.text for token in batch.run())
+        if stop == " ":
+            assert (text, row.finish_reason, len(row.written)) == ("", "stop", 1)
+        else:
+            assert (text, row.finish_reason) == (SEVERAL.decode(row.written), "length")
+
+
+def test_stop_at_a_special_token():
+    "By its name: the token ends the text, and so do the characters."
+    special = SEVERAL.token_to_id("<|endoftext|>")
+    spelled = [BYTE[bytes([b])] for b in b"<|endoftext|>"]
+    for end in ([special], spelled):
+        model = Forced([BYTE[b"a"], *end, BYTE[b"b"], BYTE[b"b"]])
+        cfg = SampleConfig(15, temperature=0.0, stop=["z", "<|endoftext|>"])
+        batch = start_batch(model, [[1]], cfg, SEVERAL)
+        row, text = batch.rows[0], "".join(token.text for token in batch.run())
+        assert (text, row.finish_reason, len(row.written)) == ("a", "stop", 1 + len(end))

@@ -263,6 +263,50 @@ def test_stop(client, run, streamed):
     assert texts(stop="\u2603\u2603") == texts(stop=[]) == (whole, "length")
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_bytes_that_are_no_text(client, run, streamed):
+    "Each leaves at once as U+FFFD; none waits for what cannot come."
+    token = run.tokenizer.encode("\u0400").ids[1]  # byte 0x80, which can only continue
+    got = client.completions.create(
+        model="small",
+        prompt=" =",
+        max_tokens=100,
+        temperature=0,
+        logit_bias={str(token): 100},
+        stream=streamed,
+    )
+    texts = [c.choices[0].text for c in got] if streamed else list(got.choices[0].text)
+    assert texts == ["\ufffd"] * 100
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_half_a_character_in_the_prompt(client, run, streamed):
+    "With echo it is one character with the byte that is written, and one place for four tokens."
+    smile = run.tokenizer.encode("\U0001f60a").ids
+    assert len(smile) == 4
+    ask = dict(
+        model="small",
+        prompt=[run.tokenizer.encode("a").ids[0], *smile[:3]],
+        max_tokens=1,
+        temperature=0,
+        logit_bias={str(smile[3]): 100},
+        logprobs=0,
+        stream=streamed,
+    )
+
+    def texts(**more):
+        got = client.completions.create(**ask | more)
+        choices = [c.choices[0] for c in got] if streamed else got.choices
+        offsets = [at for c in choices for at in c.logprobs.text_offset]
+        return "".join(c.text for c in choices), offsets
+
+    assert texts(echo=True) == ("a\U0001f60a", [0, 1, 1, 1, 1])
+    assert texts(echo=True, max_tokens=0) == ("a\ufffd", [0, 1, 1, 1])
+    assert texts() == ("\ufffd", [1])
+    other = {str(run.tokenizer.encode("b").ids[0]): 100}
+    assert texts(echo=True, logit_bias=other) == ("a\ufffdb", [0, 1, 1, 1, 2])
+
+
 @pytest.mark.parametrize("prompt", [" = The", "caf\u00e9 \u2603"])
 def test_logprobs(client, run, prompt):
     "Those of the model itself, for the prompt too; they do not depend on how the token was drawn."

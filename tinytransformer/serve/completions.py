@@ -15,7 +15,7 @@ from contextlib import aclosing
 
 from tokenizers import Tokenizer
 
-from ..engine import StreamDecoder
+from ..engine import text_decoder
 from ..explorer import token_texts
 from ..generate import SampleConfig, encode_prompt
 from ..model import ModelConfig
@@ -39,15 +39,16 @@ class LogprobsFormatter:
         tokenizer: Tokenizer,
         before: Sequence[int],  # tokens that stand in the text before the first that is formatted
     ):
-        self.tokenizer, self.decoder, self.offset = tokenizer, StreamDecoder(tokenizer), 0
+        self.tokenizer, self.decoder, self.offset = tokenizer, text_decoder(tokenizer), 0
         for token in before:
             self.advance(token)
 
     def advance(self, token: int) -> int:
         "Where this token begins, in characters."
-        offset = self.offset
-        self.offset += len(self.decoder.add(token))
-        return offset
+        text = self.decoder.add(token)
+        start = self.offset + self.decoder.start
+        self.offset += len(text)
+        return start
 
     def format(self, piece: Piece) -> Logprobs:
         "The four lists for some more tokens."

@@ -227,21 +227,26 @@ class Worker:
         self.metrics.read.inc(len(choice.prompt))
         logprobs: list[float | None] = [None] * len(choice.prompt)
         top_logprobs: list[dict[int, float] | None] = [None] * len(choice.prompt)
+        text = choice.text
         try:
             if choice.echo and choice.top_logprobs is not None:
                 logprobs, top_logprobs = prompt_logprobs(
                     self.run.model, choice.prompt, choice.top_logprobs
                 )
             if choice.cfg:
-                row = self.batch.add(choice.prompt, choice.cfg, choice.index, choice.top_logprobs)
+                row = self.batch.add(
+                    choice.prompt, choice.cfg, choice.index, choice.top_logprobs, choice.echo
+                )
                 self.running[row] = choice
+                if row.decoder and row.decoder.pending:
+                    text = text[:-1]  # half a character, which is written whole or as U+FFFD
         except Exception:
             return [(choice, self.failed("a prompt"))]
         if not choice.echo:
             return []
         piece = Piece(
             choice.index,
-            choice.text,
+            text,
             choice.prompt,
             logprobs,
             top_logprobs,
