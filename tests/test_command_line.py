@@ -429,3 +429,13 @@ def test_loads_only_what_it_needs(here):
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "set()", (
         done.stdout + done.stderr
     )
+
+
+def test_fastcore_is_not_needed():
+    "Only nbdev needs it, and the version that nbdev needs stands in the way of others."
+    script = (
+        "import sys; sys.modules['fastcore'] = None; from tinytransformer.cli import main;"
+        " main(['train', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and "longest context" in " ".join(done.stdout.split()), done.stderr

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INIT_STD', 'ModelConfig', 'known_vocab_size', 'init_weights', 'Cache', 'call_block', 'Transformer', 'next_token_loss',
-           'count_parameters', 'check_plain', 'plain_parameters', 'parameter_formula', 'plain_flops', 'flops_per_token']
+           'count_parameters', 'check_plain', 'parameter_formula', 'flops_per_token']
 
 # %% ../nbs/04_model.ipynb #a6b57d30
 import math
@@ -199,7 +199,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def check_plain(cfg: ModelConfig) -> None:
-    "`InputError` for a model with a part that only the variants can count."
+    "`InputError` for a model with a part that only the appendix on variants can count."
     for value in (cfg.activation, cfg.norm, cfg.positions):
         if value not in ("relu", "gelu", "layer", "learned"):
             raise InputError(
@@ -207,8 +207,9 @@ def check_plain(cfg: ModelConfig) -> None:
             )
 
 
-def plain_parameters(cfg: ModelConfig) -> dict[str, int]:  # part -> parameters
-    "The parameters of a model that has the plain parts in this shape."
+def parameter_formula(cfg: ModelConfig) -> dict[str, int]:  # part -> parameters
+    "The same count from the shapes alone; `InputError` for parts of the appendix on variants."
+    check_plain(cfg)
     V, T, C = known_vocab_size(cfg), cfg.seq_len, cfg.embed_dim
     N, F = cfg.num_layers, cfg.ffn_dim
     return {
@@ -220,15 +221,15 @@ def plain_parameters(cfg: ModelConfig) -> dict[str, int]:  # part -> parameters
         "head": 0 if cfg.tie_weights else V * C,
     }
 
-
-def parameter_formula(cfg: ModelConfig) -> dict[str, int]:  # part -> parameters
-    "The same count from the shapes alone; `InputError` for parts that variants has."
-    check_plain(cfg)
-    return plain_parameters(cfg)
-
 # %% ../nbs/04_model.ipynb #5623eb55
-def plain_flops(cfg: ModelConfig, T: int) -> dict[str, int]:  # part -> FLOPs per token
-    "The work of a model that has the plain parts in this shape."
+def flops_per_token(
+    cfg: ModelConfig,
+    T: int,  # tokens in the sequence
+) -> dict[str, int]:  # part -> floating point operations
+    """Multiply-adds of the forward pass, two operations each; every query meets every key, as the
+    explicit path computes them. `InputError` for parts of the appendix on variants.
+    """
+    check_plain(cfg)
     V, C, N, F = known_vocab_size(cfg), cfg.embed_dim, cfg.num_layers, cfg.ffn_dim
     return {
         "attention projections": N * 2 * 4 * C * C,
@@ -236,14 +237,3 @@ def plain_flops(cfg: ModelConfig, T: int) -> dict[str, int]:  # part -> FLOPs pe
         "feed-forward": N * 2 * 2 * C * F,
         "head": 2 * C * V,
     }
-
-
-def flops_per_token(
-    cfg: ModelConfig,
-    T: int,  # tokens in the sequence
-) -> dict[str, int]:  # part -> floating point operations
-    """Multiply-adds of the forward pass, two operations each; every query meets every key, as the
-    explicit path computes them. `InputError` for parts that variants has.
-    """
-    check_plain(cfg)
-    return plain_flops(cfg, T)
