@@ -13,6 +13,7 @@ import json
 import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -29,17 +30,16 @@ from .train import Progress, TrainConfig
 # %% ../nbs/appendix/checkpoint.ipynb #ab5ad4ff
 def current_accelerator() -> str | None:  # its type, such as cuda, mps or xpu
     "The kind of accelerator that this machine has; None without one."
-    return (
-        torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else None
-    )
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device.type if device else None
 
 
 def random_state() -> dict:
     "The state of every random generator of this process; an accelerator's under its own name."
-    algorithm, keys, *rest = np.random.get_state()
-    state = dict(
+    algorithm, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = dict(
         python=random.getstate(),
-        numpy=(algorithm, torch.from_numpy(keys.astype(np.int64)), *rest),
+        numpy=(algorithm, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
         torch=torch.get_rng_state(),
     )
     if name := current_accelerator():
@@ -78,11 +78,13 @@ def save_checkpoint(
     state = dict(optimizer=optimizer_state, random=gather_object([random_state()]))
 
     def write():
+        # on process 0 alone are they all there
+        tensors: dict[str, Any] = {name: weights[name] for name, _ in model.named_parameters()}
         buffer = io.BytesIO()
         torch.save(state, buffer)
         files = {
             "model.safetensors": safetensors.torch.save(
-                {name: weights[name].contiguous() for name, _ in model.named_parameters()}
+                {name: tensor.contiguous() for name, tensor in tensors.items()}
             ),
             "state.pt": buffer.getvalue(),
         }

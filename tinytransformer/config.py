@@ -10,7 +10,7 @@ __all__ = ['CONFIGS', 'PACKAGED', 'Config', 'config_file', 'upgrade_config', 're
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
@@ -85,7 +85,7 @@ def describe_type(
 
 def has_type(
     value: object,
-    wanted: object,  # of a dataclass's field
+    wanted: Any,  # of a dataclass's field
 ) -> bool:
     """Whether a value from a YAML file has the type of a field; an int will do for a float. What is
     in a list or a dictionary, the dataclass checks itself.
@@ -107,7 +107,7 @@ def make_config(
     """A configuration from one section of a YAML file. Raises `InputError` for a name or a type that
     does not fit.
     """
-    types = {f.name: f.type for f in fields(cls)}
+    types = {f.name: f.type for f in fields(cls)}  # type: ignore[arg-type]
     for name, value in values.items():
         if name not in types:
             raise InputError(f"{section}.{name} is no setting: give one of {', '.join(types)}")

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -134,7 +134,8 @@ def on_main(
     """Let process 0 do something. Its `InputError` or `OSError` is raised there, and
     `OtherRankFailed` on the others, so that no process waits for one that is gone.
     """
-    result, failed = [None, False], None
+    result: list[Any] = [None, False]  # what it returned, and whether it failed
+    failed: Exception | None = None
     if processes().is_main_process:
         try:
             result[0] = action()
@@ -154,7 +155,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @contextmanager
 def note_stop_signals() -> Iterator[list[int]]:  # the numbers of those that came
     "While the body runs, the first SIGINT or SIGTERM is only noted; a second one acts at once."
-    came, before = [], {}
+    came: list[int] = []
+    before: dict[int, Any] = {}  # signal -> its handler
 
     def note(number, frame):
         came.append(number)
@@ -188,7 +190,7 @@ def memory_mb(device: torch.device) -> float:
     """Megabytes (10**6 bytes): the most that was allocated on an accelerator, what is allocated
     there now if it does not keep count, or what this process holds in main memory.
     """
-    module = None if device.type == "cpu" else torch.get_device_module(device)
+    module: Any = None if device.type == "cpu" else torch.get_device_module(device)
     if hasattr(module, "max_memory_allocated"):
         return module.max_memory_allocated(device) / 1e6
     if hasattr(module, "current_allocated_memory"):

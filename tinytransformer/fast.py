@@ -229,7 +229,7 @@ def cpu_attention(
         return drop(attention_weights(q, k), dropout) @ v
     with torch.autocast("cpu", enabled=False):
         dtype = torch.float32 if q.dtype == torch.bfloat16 else q.dtype
-        if torch.get_float32_matmul_precision() == "highest" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.get_float32_matmul_precision() == "highest":
             heads = fused_attention(q.to(dtype), k.to(dtype), v.to(dtype))
         else:
             heads = CPUAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype))

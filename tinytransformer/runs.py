@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EXCESS', 'RECALL', 'OWN_FIELDS', 'TRAINED_FOLDER', 'TRAINED', 'installed_version', 'processor', 'environment',
-           'git_commit', 'run_lock', 'check_new_folder', 'check_run_folder', 'is_compile_error', 'explain_errors',
-           'summary', 'near_floor', 'compare_with_floor', 'Job', 'resolve_settings', 'train_run', 'build_model',
-           'describe_checkpoints', 'train_model', 'whole_model', 'write_settings', 'write_results', 'read_gpt2',
-           'settings_from_gpt2', 'weights_from_gpt2', 'Run', 'read_run_config', 'read_run_tokenizer', 'load_run']
+           'git_commit', 'run_lock', 'check_new_folder', 'check_run_folder', 'is_compile_error',
+           'explain_training_errors', 'summary', 'near_floor', 'compare_with_floor', 'Job', 'resolve_settings',
+           'train_run', 'build_model', 'describe_checkpoints', 'train_model', 'whole_model', 'write_settings',
+           'write_results', 'read_gpt2', 'settings_from_gpt2', 'weights_from_gpt2', 'Run', 'read_run_config',
+           'read_run_tokenizer', 'load_run']
 
 # %% ../nbs/appendix/runs.ipynb #9d219095
 import io
@@ -25,6 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -202,7 +204,7 @@ def is_compile_error(error: Exception) -> bool:
 
 
 @contextmanager
-def explain_errors(run: Path) -> Iterator[None]:
+def explain_training_errors(run: Path) -> Iterator[None]:
     "Turn what ended a training into an `InputError` that says in one line how to go on."
     again = f"`tinytransformer train --resume {shlex.quote(str(run))}`"
     try:
@@ -322,7 +324,7 @@ def resolve_settings(
         raise InputError("the validation split has a single token: choose a longer text")
     # a text too short for a batch
     next(batches(Blocks(corpus.streams["train"], model.seq_len), train.batch_size, train.seed))
-    settings = dict(data=data, model=model, train=train, **(sections or {}))
+    settings: dict[str, Any] = dict(data=data, model=model, train=train, **(sections or {}))
     config = {section: asdict(values) for section, values in settings.items()}
     return Job(run, corpus, model, train, config, resume)
 
@@ -359,7 +361,7 @@ def train_run(
     weights = None
     if train.init_from and not resume:
         weights = weights_from_gpt2(train.init_from, job.model.seq_len)
-    with explain_errors(run), run_lock(run), deterministic_kernels(accelerator.device):
+    with explain_training_errors(run), run_lock(run), deterministic_kernels(accelerator.device):
         # again, now that nobody else can change it
         on_main(lambda: check_run_folder(run, job.config, resume))
         here = environment(accelerator)
@@ -443,7 +445,7 @@ def whole_model(model: Transformer, accelerator: Accelerator) -> Transformer:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
     # its first weights are drawn, and must not change what dropout draws
     with torch.random.fork_rng():
         copied = Transformer(model.cfg)
@@ -526,21 +528,20 @@ def settings_from_gpt2(
         tokenizer = make_config(DataConfig, "data", config.get("data", {})).tokenizer
     else:
         shape, tokenizer = read_gpt2(source, model.seq_len)
-    given = dict(data=data, model=model)
-    brought = dict(
-        data=replace(data, tokenizer=tokenizer, vocab_size=shape.vocab_size),
-        model=replace(shape, **{name: getattr(model, name) for name in OWN_FIELDS}),
-    )
+    assert shape.vocab_size is not None  # a GPT-2 has one
+    new_data = replace(data, tokenizer=tokenizer, vocab_size=shape.vocab_size)
+    new_model = replace(shape, **{name: getattr(model, name) for name in OWN_FIELDS})
     for name in typed:
         section, _, field = name.partition(".")
-        if section not in given or not hasattr(given[section], field):
-            continue
-        mine, value = getattr(given[section], field), getattr(brought[section], field)
+        given, brought = dict(data=(data, new_data), model=(model, new_model)).get(
+            section, (None, None)
+        )
+        mine, value = getattr(given, field, None), getattr(brought, field, None)
         if mine != value:
             raise InputError(
                 f"{name} is {mine}, but train.init_from {source} brings {value}: leave it out"
             )
-    return brought["data"], brought["model"]
+    return new_data, new_model
 
 
 def weights_from_gpt2(source: str, seq_len: int) -> dict[str, torch.Tensor]:
@@ -575,7 +576,8 @@ def read_run_config(folder: Path) -> tuple[dict[str, dict], ModelConfig]:
     "The configuration of a run, and the shape of its model. Raises `InputError` if it has none."
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder} is no run folder: there is no config.yaml in it")
-    config, made = read_config(folder / "config.yaml"), {}
+    config = read_config(folder / "config.yaml")
+    made: dict[str, Any] = {}
     try:
         for section, cls in dict(data=DataConfig, model=ModelConfig, train=TrainConfig).items():
             if section not in config:
@@ -586,7 +588,7 @@ def read_run_config(folder: Path) -> tuple[dict[str, dict], ModelConfig]:
         raise InputError(f"{folder / 'config.yaml'}: {error}") from error
 
 
-def read_run_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+def read_run_tokenizer(folder: Path, vocab_size: int | None) -> Tokenizer:
     "The tokenizer of a run. Raises `InputError` if it is damaged or of another run."
     path = folder / "tokenizer.json"
     try:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from accelerate.tracking import MLflowTracker, TensorBoardTracker
 from tqdm import tqdm
@@ -64,7 +65,8 @@ class Trackers:
         run: Path,
         config: dict,  # section -> field -> value
     ):
-        self.run, self.using, self.started = run, {}, False
+        self.run, self.started = run, False
+        self.using: dict[str, Any] = {}  # name -> tracker, None until it is opened
         self.config = {
             f"{section}.{field}": value if isinstance(value, bool | int | float) else str(value)
             for section, fields in config.items()

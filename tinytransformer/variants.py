@@ -175,7 +175,7 @@ class StayInFloat32(TorchFunctionMode):
 class Muon(torch.optim.Muon):
     "PyTorch's Muon (Jordan et al., 2024), in float32 where its bfloat16 would only be imitated."
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         with (
             nullcontext() if has_bf16(self.param_groups[0]["params"][0].device) else StayInFloat32()
         ):
@@ -202,7 +202,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self.share()
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for part in self.parts:
             part.step()
 
