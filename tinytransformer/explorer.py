@@ -26,6 +26,7 @@ from tinytransformer.attention_map import (
     select,
     side_by_side,
 )
+from .generate import encode_prompt
 from .model import Transformer
 
 # %% ../nbs/appendix/explorer.ipynb #f181e0a6
@@ -174,10 +175,7 @@ class AttentionExplorer:
         "One run of a model, or the kept one if nothing has changed."
         key = (id(model), prompt, off)
         if key not in self.kept:
-            ids, most = (
-                self.tokenizer.encode(prompt, add_special_tokens=False).ids,
-                model.cfg.seq_len,
-            )
+            ids, most = encode_prompt(self.tokenizer, prompt), model.cfg.seq_len
             if not 2 <= len(ids) <= most:
                 raise ValueError(f"the prompt has {len(ids)} tokens: give 2 to {most}")
             self.kept = dict(list(self.kept.items())[-7:]) | {

@@ -49,7 +49,7 @@ from tinytransformer.checkpoint import (
     read_checkpoint,
 )
 from .config import CONFIGS, make_config, read_config
-from .corpus import Corpus, prepare
+from .corpus import Corpus, load_tokenizer, prepare
 from .data import Blocks, DataConfig
 from tinytransformer.devices import (
     agree_on_signal,
@@ -592,7 +592,7 @@ def read_run_tokenizer(folder: Path, vocab_size: int | None) -> Tokenizer:
     "The tokenizer of a run. Raises `InputError` if it is damaged or of another run."
     path = folder / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = load_tokenizer(path)
     except Exception as error:
         raise InputError(
             f"{path} is missing or damaged ({type(error).__name__}): copy it from the run's data, or"
