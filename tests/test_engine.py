@@ -20,7 +20,7 @@ from tinytransformer.engine import (
 )
 from tinytransformer.explorer import byte_table
 from tinytransformer.files import InputError
-from tinytransformer.generate import SampleConfig, generate, window_length
+from tinytransformer.generate import SampleConfig, encode_prompt, generate, window_length
 
 V, CONTEXT = 11, 16
 WORDS = {"[UNK]": 0, "the": 1, "cat": 2, "sat": 3, "##s": 4, ".": 5, "on": 6, "mat": 7, "##ty": 8}
@@ -464,3 +464,13 @@ def test_stop_at_a_special_token():
         batch = start_batch(model, [[1]], cfg, SEVERAL)
         row, text = batch.rows[0], "".join(token.text for token in batch.run())
         assert (text, row.finish_reason, len(row.written)) == ("a", "stop", 1 + len(end))
+
+
+def test_a_prompt_is_text():
+    "Whatever it looks like, and whoever opened the tokenizer."
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    text = "a<|endoftext|>"
+    assert len(tokenizer.encode(text).ids) == 2
+    ids = encode_prompt(tokenizer, text)
+    assert len(ids) == 14 and tokenizer.decode(ids) == text

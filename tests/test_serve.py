@@ -307,6 +307,44 @@ def test_half_a_character_in_the_prompt(client, run, streamed):
     assert texts(echo=True, logit_bias=other) == ("a\ufffdb", [0, 1, 1, 1, 2])
 
 
+@pytest.fixture
+def special_run(served_run, tmp_path):
+    "The run with a tokenizer whose last token is special."
+    folder = shutil.copytree(served_run, tmp_path / "special")
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    last = max(saved["model"]["vocab"], key=saved["model"]["vocab"].get)
+    number = saved["model"]["vocab"].pop(last)
+    saved["model"]["merges"].pop()
+    like = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    saved["added_tokens"] = [dict(id=number, content="<|endoftext|>", special=True) | like]
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    return load_run(folder), number
+
+
+def test_text_that_looks_like_a_special_token(special_run):
+    "In a prompt it is text; as a stop string it ends a text at the token, and at its letters."
+    run, special = special_run
+    text = "a <|endoftext|> b"
+    ids = run.tokenizer.encode(text).ids
+    assert special not in ids and run.tokenizer.decode(ids) == text
+    with TestClient(make_app(run, ServeConfig())) as client:
+
+        def ask(**fields):
+            body = dict(model="special", prompt=text, temperature=0, max_tokens=5) | fields
+            return client.post("/v1/completions", json=body).json()
+
+        echoed = ask(max_tokens=0, echo=True)
+        assert echoed["choices"][0]["text"] == text
+        assert echoed["usage"]["prompt_tokens"] == len(ids)
+        assert ask(prompt=[special], max_tokens=0, echo=True)["choices"][0]["text"] == ""
+        ended = ask(logit_bias={str(special): 100}, stop="<|endoftext|>")
+        assert ended["usage"]["completion_tokens"] == 1
+        assert ended["choices"][0] | dict(logprobs=None) == dict(
+            text="", index=0, logprobs=None, finish_reason="stop"
+        )
+        assert ask(logit_bias={str(special): 100})["usage"]["completion_tokens"] == 5
+
+
 @pytest.mark.parametrize("prompt", [" = The", "caf\u00e9 \u2603"])
 def test_logprobs(client, run, prompt):
     "Those of the model itself, for the prompt too; they do not depend on how the token was drawn."

@@ -269,7 +269,8 @@ class Checkpoints:
         return None
 
     def find(self, model: Transformer) -> None:
-        """Read what `load` will use. Raises `InputError` if training cannot go on from there; nothing
+        """Read what `load` will use. Raises `InputError` if training cannot go on from there;
+        nothing
         is written or changed.
         """
         self.found = self.newest()
@@ -288,8 +289,8 @@ class Checkpoints:
         step, most = info["progress"]["step"], config["train"]["max_steps"]
         if step > most:
             raise InputError(
-                f"{self.run} has {step} steps already, and train.max_steps is {most}: give {step} or"
-                " more"
+                f"{self.run} has {step} steps already, and train.max_steps is {most}: give {step}"
+                " or more"
             )
         check_weights(model, self.found.weights)
 

@@ -26,6 +26,7 @@ from tinytransformer.attention_map import (
     select,
     side_by_side,
 )
+from .generate import encode_prompt
 from .model import Transformer
 
 # %% ../nbs/appendix/explorer.ipynb #f181e0a6
@@ -174,10 +175,7 @@ class AttentionExplorer:
         "One run of a model, or the kept one if nothing has changed."
         key = (id(model), prompt, off)
         if key not in self.kept:
-            ids, most = (
-                self.tokenizer.encode(prompt, add_special_tokens=False).ids,
-                model.cfg.seq_len,
-            )
+            ids, most = encode_prompt(self.tokenizer, prompt), model.cfg.seq_len
             if not 2 <= len(ids) <= most:
                 raise ValueError(f"the prompt has {len(ids)} tokens: give 2 to {most}")
             self.kept = dict(list(self.kept.items())[-7:]) | {
@@ -231,7 +229,9 @@ class AttentionExplorer:
         )
         rows = "".join(
             "<tr><td"
-            f' style="text-align:left;font-family:monospace;white-space:pre">{html.escape(text)}</td><td>{p:.4f}</td><td>{p - q:+.4f}</td><td'
+            ' style="text-align:left;font-family:monospace;white-space:pre">'
+            f"{html.escape(text)}</td>"
+            f"<td>{p:.4f}</td><td>{p - q:+.4f}</td><td"
             ' style="text-align:left"><div'
             f' style="width:{200 * p:.0f}px;height:10px;background:#3a78b0"></div></td></tr>'
             for text, p, q in self.next_tokens()

@@ -469,7 +469,11 @@ def generate(
 
 # %% ../nbs/06_generate.ipynb #582ba5a9
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    "The token ids of a prompt; `InputError` where half of a character stands in it."
+    """The token ids of a prompt. All of it is text: from here on the tokenizer looks for no special
+    tokens. Raises `InputError` where half of a character stands in the prompt.
+    """
     if any("\ud800" <= c <= "\udfff" for c in prompt):
         raise InputError(f"the prompt {prompt!a} is no valid text: it holds half of a character")
+    if not tokenizer.encode_special_tokens:
+        tokenizer.encode_special_tokens = True
     return tokenizer.encode(prompt, add_special_tokens=False).ids

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['EXCESS', 'RECALL', 'OWN_FIELDS', 'TRAINED_FOLDER', 'TRAINED', 'installed_version', 'processor', 'environment',
            'git_commit', 'run_lock', 'check_new_folder', 'check_run_folder', 'is_compile_error',
-           'explain_training_errors', 'summary', 'near_floor', 'compare_with_floor', 'Job', 'resolve_settings',
+           'explain_training_errors', 'summary', 'near_floor', 'compare_with_floor', 'Run', 'Job', 'resolve_settings',
            'train_run', 'build_model', 'describe_checkpoints', 'train_model', 'undisturbed', 'whole_model',
            'write_settings', 'draw_curve', 'write_results', 'read_gpt2', 'settings_from_gpt2', 'weights_from_gpt2',
-           'Run', 'read_run_config', 'read_run_tokenizer', 'check_finite', 'load_run']
+           'read_run_config', 'read_run_tokenizer', 'check_finite', 'load_run']
 
 # %% ../nbs/appendix/runs.ipynb #9d219095
 import io
@@ -51,7 +51,7 @@ from tinytransformer.checkpoint import (
     set_random_state,
 )
 from .config import CONFIGS, make_config, read_config
-from .corpus import Corpus, prepare
+from .corpus import Corpus, load_tokenizer, prepare
 from .data import Blocks, DataConfig
 from tinytransformer.devices import (
     agree_on_signal,
@@ -71,7 +71,6 @@ from tinytransformer.files import (
     write_json,
     write_whole,
 )
-from .hf import from_hf, hf_folder, hf_shape
 from .model import ModelConfig, Transformer
 from .trackers import ByProducts, RunLog, Trackers, progress_bar
 from tinytransformer.train import (
@@ -175,8 +174,8 @@ def check_new_folder(run: Path) -> None:
     "Raise `InputError` for a folder that holds something."
     if (run / "config.yaml").is_file():
         raise InputError(
-            f"{run} holds a run already: go on with it by `tinytransformer train --resume {run}`, or"
-            " choose another folder"
+            f"{run} holds a run already: go on with it by `tinytransformer train --resume {run}`,"
+            " or choose another folder"
         )
     if run.exists() and any(f.name != ".lock" for f in run.iterdir()):
         raise InputError(f"{run} holds something already: choose another folder, or delete it")
@@ -295,6 +294,21 @@ def compare_with_floor(
         fact_recall=fact_recall(model, corpus),
     )
 
+# %% ../nbs/appendix/runs.ipynb #1ddd3d77
+@dataclass
+class Run:
+    "A trained model with all it needs to be used."
+
+    folder: Path
+    config: dict[str, dict]
+    model: Transformer
+    tokenizer: Tokenizer
+    checkpoint: dict  # what `checkpoint.json` says: step, metrics, data, versions
+
+    @property
+    def val_loss(self) -> float | None:  # None before the first evaluation
+        return self.checkpoint["metrics"].get("val_loss")
+
 # %% ../nbs/appendix/runs.ipynb #6a4a19a3
 @dataclass
 class Job:
@@ -351,7 +365,7 @@ def train_run(
     # further dataclasses to keep in the run's configuration, by the name of their section
     sections: dict[str, object] | None = None,
     corpus: Corpus | None = None,  # of `data`, if it has been prepared already
-) -> "Run":
+) -> Run:
     """Prepare, train, and keep everything about it in the folder `run`.
 
     Raises `InputError` for settings or a folder that do not fit, where the folder cannot be
@@ -525,7 +539,8 @@ def write_results(job: Job, trackers: Trackers) -> None:
     run, corpus = job.run, job.corpus
     if not (run / "best").is_dir():
         raise InputError(
-            "no evaluation found a finite validation loss: lower train.learning_rate and train again"
+            "no evaluation found a finite validation loss: lower train.learning_rate and train"
+            " again"
         )
     last, best = (
         read_checkpoint(run / name, state=False).info["metrics"] for name in ("last", "best")
@@ -547,7 +562,10 @@ def read_gpt2(
     source: str,  # a folder, or the Hub's owner/name
     seq_len: int,  # context to use
 ) -> tuple[ModelConfig, str]:  # its shape, and where its tokenizer is
-    "What a GPT-2 brings. Raises `InputError` without a tokenizer, or for a context too long for it."
+    "What a GPT-2 brings. Raises `InputError` without a tokenizer, or for a context too long for"
+    " it."
+    from tinytransformer.hf import hf_folder, hf_shape  # hf imports this module
+
     folder = hf_folder(source)
     shape = hf_shape(folder)
     if not (folder / "tokenizer.json").is_file():
@@ -598,27 +616,14 @@ def settings_from_gpt2(
 
 def weights_from_gpt2(source: str, seq_len: int) -> dict[str, torch.Tensor]:
     "The weights of a GPT-2, with as many of its positions as are asked for."
+    from tinytransformer.hf import from_hf
+
     named = from_hf(source).named_parameters()
     weights = {name: weight.detach() for name, weight in named}
     positions = weights["embeddings.position.weight"][:seq_len].contiguous()
     return weights | {"embeddings.position.weight": positions}
 
 # %% ../nbs/appendix/runs.ipynb #b8727c4a
-@dataclass
-class Run:
-    "A trained model with all it needs to be used."
-
-    folder: Path
-    config: dict[str, dict]
-    model: Transformer
-    tokenizer: Tokenizer
-    checkpoint: dict  # what `checkpoint.json` says: step, metrics, data, versions
-
-    @property
-    def val_loss(self) -> float | None:  # None before the first evaluation
-        return self.checkpoint["metrics"].get("val_loss")
-
-
 TRAINED_FOLDER = CONFIGS.parent / "trained"
 # runs that come with the package
 TRAINED = {folder.name: folder for folder in sorted(TRAINED_FOLDER.glob("*"))}
@@ -644,11 +649,11 @@ def read_run_tokenizer(folder: Path, vocab_size: int | None) -> Tokenizer:
     "The tokenizer of a run. Raises `InputError` if it is damaged or of another run."
     path = folder / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = load_tokenizer(path)
     except Exception as error:
         raise InputError(
-            f"{path} is missing or damaged ({type(error).__name__}): copy it from the run's data, or"
-            " train again"
+            f"{path} is missing or damaged ({type(error).__name__}): copy it from the run's data,"
+            " or train again"
         ) from error
     if tokenizer.get_vocab_size() != vocab_size:
         raise InputError(

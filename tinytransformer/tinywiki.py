@@ -282,8 +282,8 @@ NAMES: Grammar = {
         " Brackwell Coldbrook Dewsford Greyhaven Kestrel Westrey"
     ),
     "river": (
-        "Alder Avel Brann Corve Dorn Esker Isla Kenn Loam Medlow Orrin Sark Teme Ure Wend Yarrow".split()
-    ),
+        "Alder Avel Brann Corve Dorn Esker Isla Kenn Loam Medlow Orrin Sark Teme Ure Wend Yarrow"
+    ).split(),
     "region": "Arland Borland Cormark Estmoor Fenland Halmark Kestria Norrland".split(),
     "work_title": ["The {adjective} {thing}"],
     "adjective": zipf(
