@@ -5,12 +5,16 @@ import json
 import math
 import re
 import shutil
+import signal
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from commands import COMMAND
 from conftest import refusal
 
 from tinytransformer import cli, runs, trackers
@@ -183,3 +187,24 @@ def test_json_is_written_in_one_place():
     for file in package.glob("*.py"):
         for call in re.findall(r"json\.dumps?\((?:[^()]|\([^()]*\))*\)", file.read_text()):
             assert "allow_nan=False" in call or file.stem == "corpus", (file, call)
+
+
+# --- interrupts
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.3, 0.6, 1.0, 1.6, 2.5])
+@pytest.mark.parametrize("command", ["evaluate tiny", "prepare --config tiny", "runs --help"])
+def test_interrupted_early(tmp_path, command, seconds):
+    "Ctrl-C while Python still imports: silent, and the status that a shell expects."
+    process = subprocess.Popen(
+        [COMMAND, *command.split()],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    written = process.communicate(timeout=120)[1]
+    assert (process.returncode, written) in [(130, ""), (0, "")]

@@ -449,11 +449,13 @@ def explain_stop(run: Path) -> Iterator[None]:
         raise
     except Stopped as stopped:
         if processes().is_main_process:
-            print(
-                f"tinytransformer: {stopped}; go on with: tinytransformer train --resume"
-                f" {shlex.quote(str(run))}",
-                file=sys.stderr,
-            )
+            with suppress(OSError):  # the terminal may be closed
+                print(
+                    f"tinytransformer: {stopped}; go on with: tinytransformer train --resume"
+                    f" {shlex.quote(str(run))}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         sys.exit(128 + stopped.number)  # 130 after Ctrl-C, 143 after SIGTERM
 
 

@@ -12,7 +12,6 @@ __all__ = ['EXCESS', 'RECALL', 'OWN_FIELDS', 'TRAINED_FOLDER', 'TRAINED', 'insta
 
 # %% ../nbs/appendix/runs.ipynb #9d219095
 import io
-import json
 import math
 import os
 import platform
@@ -369,7 +368,7 @@ def train_run(
     """Prepare, train, and keep everything about it in the folder `run`.
 
     Raises `InputError` for settings or a folder that do not fit, where the folder cannot be
-    written, and if training diverges; `Stopped` after SIGINT or SIGTERM, with a checkpoint written;
+    written, and if training diverges; `Stopped` after a signal, with a checkpoint written;
     `OtherRankFailed` where process 0 reports the reason.
     """
     job = resolve_settings(run, data, model, train, resume, sections, corpus)
