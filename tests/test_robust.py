@@ -18,8 +18,9 @@ from commands import COMMAND
 from conftest import refusal
 
 from tinytransformer import cli, runs, trackers
+from tinytransformer.config import read_config
 from tinytransformer.data import DataConfig
-from tinytransformer.files import digest, read_rows
+from tinytransformer.files import InputError, digest, read_rows
 from tinytransformer.model import ModelConfig
 from tinytransformer.runs import train_run
 from tinytransformer.train import TrainConfig
@@ -208,3 +209,69 @@ def test_interrupted_early(tmp_path, command, seconds):
     process.send_signal(signal.SIGINT)
     written = process.communicate(timeout=120)[1]
     assert (process.returncode, written) in [(130, ""), (0, "")]
+
+
+# --- YAML and paths
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("config: {}", "config is no section of a training: give data, model, train, sample"),
+        ("folder: {}", "folder is no section of a training"),
+        ("resume: {seed: 1}", "resume is no section of a training"),
+        ("serve: {}", "serve is no section of a training"),
+        ("train:\n  seed: 1\n  max_steps: 2\n  seed: 3", "line 4: seed stands there twice"),
+        ("train: {}\nmodel: {}\ntrain: {}", "line 3: train stands there twice"),
+        ("train: {max_steps: 010}", "line 1: 010 would be read as an octal number"),
+        ("train:\n  max_steps: 1:30", "line 2: 1:30 would be read as a time"),
+        ("train: {learning_rate: 1:30.5}", "1:30.5 would be read as a time"),
+        ("model: {dropout: -1:30}", "-1:30 would be read as a time"),
+    ],
+)
+def test_surprises_of_yaml(tmp_path, text, said):
+    (tmp_path / "mine.yaml").write_text(text)
+    assert said in refusal("train", "--config", str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("value, said", [("010", "octal"), ("1:30", "a time")])
+@pytest.mark.parametrize("form", ["{} {}", "{}={}"])
+def test_surprises_of_numbers_in_options(here, value, said, form):
+    option = form.format("--train.max_steps", value).split()
+    assert f"train.max_steps: {value} would be read as" in refusal(
+        "train", "--config", "tiny", *option
+    )
+    option = form.format("--top_k", value).split()
+    assert said in refusal("generate", "runs/small", "010", *option)
+
+
+def test_odd_yaml_that_is_fine(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "x: &x {seed: 0, max_steps: 1_000, learning_rate: 0.05}\ntrain:\n  <<: *x\n  seed: 0x10\n"
+    )
+    found = read_config(tmp_path / "mine.yaml")["train"]
+    assert found == dict(seed=16, max_steps=1000, learning_rate=0.05)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "train --config tiny --folder odd\udcff",
+        "train --config tiny --folder=odd\udcff",
+        "train --config tiny --data.data_dir odd\udcff",
+        "train --resume odd\udcff",
+        "evaluate odd\udcff",
+        "export tiny odd\udcff",
+        "runs odd\udcff",
+    ],
+)
+def test_path_that_is_not_utf8(tmp_path, monkeypatch, args):
+    monkeypatch.chdir(tmp_path)
+    assert r"the path b'odd\xff' is not UTF-8: give another name" in refusal(*args.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_path_that_is_not_utf8_in_python(undisturbed, tmp_path):
+    with pytest.raises(InputError, match="not UTF-8"):
+        train_run(tmp_path / "odd\udcff", data_in(undisturbed), SHAPE, SHORT)
+    assert not list(tmp_path.iterdir())

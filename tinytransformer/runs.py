@@ -64,6 +64,7 @@ from tinytransformer.devices import (
 from .fast import fast_loss, recompute_blocks, use_fast_kernels
 from tinytransformer.files import (
     InputError,
+    check_path,
     is_write_error,
     read_json,
     read_rows,
@@ -371,6 +372,7 @@ def train_run(
     written, and if training diverges; `Stopped` after a signal, with a checkpoint written;
     `OtherRankFailed` where process 0 reports the reason.
     """
+    check_path(run)
     job = resolve_settings(run, data, model, train, resume, sections, corpus)
     accelerator = make_accelerator(train)
     if train.optimizer == "muon" and accelerator.is_fsdp2:
