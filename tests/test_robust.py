@@ -3,6 +3,7 @@ odd files and paths, small containers, other folders."""
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -17,7 +18,8 @@ import torch
 from commands import COMMAND
 from conftest import refusal
 
-from tinytransformer import cli, runs, trackers
+from tinytransformer import cli, devices, runs, trackers
+from tinytransformer.cli import main
 from tinytransformer.config import read_config
 from tinytransformer.data import DataConfig
 from tinytransformer.files import InputError, digest, read_rows
@@ -275,3 +277,62 @@ def test_path_that_is_not_utf8_in_python(undisturbed, tmp_path):
     with pytest.raises(InputError, match="not UTF-8"):
         train_run(tmp_path / "odd\udcff", data_in(undisturbed), SHAPE, SHORT)
     assert not list(tmp_path.iterdir())
+
+
+# --- small containers
+
+
+def container(root: Path, monkeypatch, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    monkeypatch.setattr(devices.cpu_quota, "__defaults__", (root,))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+
+
+V1 = "sys/fs/cgroup/cpu,cpuacct/box/cpu.cfs_"
+
+
+@pytest.mark.parametrize(
+    "files, threads, why",
+    [
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2, "2 CPUs"),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "390000 100000\n"}, 3, "3.9 CPUs"),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1, "0.5 CPUs"),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 16, "16 of"),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "300000 100000"}, 3, "quota"),
+        (
+            {
+                "proc/self/cgroup": "3:memory:/box\n2:cpu,cpuacct:/box\n0::/\n",
+                f"{V1}quota_us": "400000\n",
+                f"{V1}period_us": "100000\n",
+            },
+            4,
+            "quota",
+        ),
+        ({}, 16, "16 of"),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "odd"}, 16, "16 of"),
+    ],
+)
+def test_threads_in_a_container(tmp_path, monkeypatch, files, threads, why):
+    container(tmp_path, monkeypatch, files)
+    limit, reason = devices.thread_limit()
+    assert limit == threads and why in reason
+
+
+def test_environment_says_how_many_threads(tmp_path, monkeypatch, undisturbed):
+    files = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "100000 100000\n"}
+    container(tmp_path, monkeypatch, files)
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        main(["runs", str(undisturbed)])
+        assert torch.get_num_threads() == 1
+        said = devices.thread_count()
+    finally:
+        torch.set_num_threads(before)
+    assert said == dict(threads=1, threads_why="the quota of this container is 1 CPUs")
+    kept = json.loads((undisturbed / "run/environment.json").read_text())[-1]
+    assert kept["threads"] >= 1 and kept["threads_why"]

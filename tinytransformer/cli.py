@@ -47,7 +47,13 @@ from .checkpoint import same_text
 from .config import PACKAGED, config_file, make_config, odd_number, read_config
 from .corpus import Corpus, prepare
 from .data import SPLITS, DataConfig
-from .devices import OtherRankFailed, fast_products, on_main, processes
+from tinytransformer.devices import (
+    OtherRankFailed,
+    fast_products,
+    limit_threads,
+    on_main,
+    processes,
+)
 from .engine import compare, complete, stream
 from .fast import fast_loss
 from tinytransformer.files import (
@@ -911,6 +917,7 @@ def main(
             runs=runs_command,
             serve=serve_command,
         )[command]
+        limit_threads()
         with fast_products():
             run_command(cfg)
         sys.stdout.flush()

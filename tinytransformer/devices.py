@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Result', 'STOP_SIGNALS', 'has_bf16', 'on_cpu', 'processes', 'log_message', 'make_accelerator', 'fast_products',
-           'deterministic_kernels', 'OtherRankFailed', 'on_main', 'note_stop_signals', 'agree_on_signal', 'memory_mb']
+           'deterministic_kernels', 'OtherRankFailed', 'on_main', 'cpu_quota', 'quota_in', 'thread_limit',
+           'limit_threads', 'thread_count', 'note_stop_signals', 'agree_on_signal', 'memory_mb']
 
 # %% ../nbs/appendix/devices.ipynb #a9ff477e
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -148,6 +150,66 @@ def on_main(
     if result[1]:
         raise OtherRankFailed
     return result[0]
+
+# %% ../nbs/appendix/devices.ipynb #0d0262d7
+def cpu_quota(
+    root: Path = Path("/"),  # of the file system
+) -> float | None:  # None without one
+    "How many CPUs' time this process may use: the least quota of its control groups, v2 and v1."
+    groups = root / "sys/fs/cgroup"
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None  # not Linux
+    found = []
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds and "cpu" not in kinds.split(","):
+            continue
+        for top in {groups / kinds, groups / "cpu"} if kinds else {groups}:
+            folder = top / path.strip("/")
+            for place in [folder, *folder.parents]:
+                if place.is_relative_to(top):
+                    found.append(quota_in(place))
+    return min((quota for quota in found if quota is not None), default=None)
+
+
+def quota_in(
+    folder: Path,  # of one control group
+) -> float | None:
+    "The quota of a group in CPUs; None where there is none."
+    with suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = (folder / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    with suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = ((folder / f"cpu.cfs_{n}_us").read_text() for n in ("quota", "period"))
+        return None if int(quota) < 0 else int(quota) / int(period)
+    return None
+
+
+def thread_limit() -> tuple[int, str]:  # how many, and why
+    "How many threads are worth while; a quota is rounded down, but to one at least."
+    if chosen := os.environ.get("OMP_NUM_THREADS"):  # as torchrun sets it
+        return torch.get_num_threads(), f"OMP_NUM_THREADS is {chosen}"
+    all_cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else all_cores
+    quota = cpu_quota()
+    if quota is not None and quota < cores:
+        return max(1, int(quota)), f"the quota of this container is {quota:g} CPUs"
+    return cores, f"this process may use {cores} of {all_cores} cores"
+
+
+def limit_threads() -> None:
+    "Let PyTorch use no more threads than `thread_limit` says."
+    limit, _ = thread_limit()
+    if limit < torch.get_num_threads():
+        torch.set_num_threads(limit)
+
+
+def thread_count() -> dict[str, Any]:
+    "How many threads PyTorch uses, and why, for `environment.json`."
+    threads, (limit, why) = torch.get_num_threads(), thread_limit()
+    return dict(threads=threads, threads_why=why if threads == limit else "PyTorch was told so")
 
 # %% ../nbs/appendix/devices.ipynb #da03aaf3
 # Ctrl-C; what ends a program; a terminal that is closed; what schedulers send before they end one

@@ -60,6 +60,7 @@ from tinytransformer.devices import (
     note_stop_signals,
     on_main,
     processes,
+    thread_count,
 )
 from .fast import fast_loss, recompute_blocks, use_fast_kernels
 from tinytransformer.files import (
@@ -127,7 +128,7 @@ def environment(accelerator: Accelerator) -> dict:
             if accelerator.device.type == "cuda"
             else f"{accelerator.device.type}, {os.cpu_count()} cores"
         ),
-        threads=torch.get_num_threads(),
+        **thread_count(),
         **processor(),
         precision="bf16" if accelerator.mixed_precision == "bf16" else "fp32",
     )
