@@ -336,3 +336,43 @@ def test_environment_says_how_many_threads(tmp_path, monkeypatch, undisturbed):
     assert said == dict(threads=1, threads_why="the quota of this container is 1 CPUs")
     kept = json.loads((undisturbed / "run/environment.json").read_text())[-1]
     assert kept["threads"] >= 1 and kept["threads_why"]
+
+
+# --- a run opened from elsewhere
+
+
+def tree(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.name != "evaluation.json"}
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "else/where"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_evaluated_from_elsewhere(workspace, elsewhere, capsys):
+    "The run's own data are found, though another `data` is nearer; nothing is made."
+    (elsewhere / "data").mkdir()
+    before = tree(workspace)
+    main(["evaluate", str(workspace / "runs/small")])
+    there = capsys.readouterr().out
+    assert list(elsewhere.rglob("*")) == [elsewhere / "data"] and tree(workspace) == before
+    os.chdir(workspace)
+    main(["evaluate", "runs/small"])
+    assert capsys.readouterr().out == there
+
+
+def test_evaluated_without_its_data(workspace, elsewhere, capsys, monkeypatch):
+    "TinyWiki is written again, and not kept; what only the Hub has is named."
+    shutil.copytree(workspace / "runs/small", elsewhere / "moved")
+    before = tree(elsewhere)
+    main(["evaluate", "moved"])
+    assert "validation" in capsys.readouterr().out and tree(elsewhere) == before
+    config = elsewhere / "moved/config.yaml"
+    config.write_text(config.read_text().replace("dataset: tinywiki", "dataset: owner/name"))
+    message = refusal("evaluate", "moved")
+    assert "neither in data nor" in message and "prepare --config moved/config.yaml" in message
+    assert tree(elsewhere) == before

@@ -8,8 +8,8 @@ __all__ = ['SECTIONS', 'OPTIONS', 'PATHS', 'WRONG_TYPE', 'NOISE', 'OUT_OF_MEMORY
            'add_evaluate_options', 'add_generate_options', 'add_export_options', 'add_runs_options',
            'add_serve_options', 'make_parser', 'unfinished', 'split_options', 'run_to_resume', 'check_arguments',
            'parse', 'format_table', 'prepare_command', 'new_folder', 'unseen_titles', 'first_article', 'progress_lines',
-           'explain_stop', 'train_command', 'number', 'training_report', 'evaluate_command', 'evaluation_row',
-           'generate_command', 'given_fields', 'sample_config', 'export_command', 'compare_command',
+           'explain_stop', 'train_command', 'number', 'training_report', 'evaluate_command', 'evaluate_on',
+           'evaluation_row', 'generate_command', 'given_fields', 'sample_config', 'export_command', 'compare_command',
            'import_serve_config', 'serve_command', 'describe', 'state_of', 'is_locked', 'runs_command', 'save_plot',
            'plot_runs', 'one_line', 'wanted_type', 'process_name', 'out_of_memory', 'explain_errors', 'main']
 
@@ -73,6 +73,7 @@ from tinytransformer.runs import (
     Run,
     load_run,
     near_floor,
+    run_data,
     settings_from_gpt2,
     train_run,
 )
@@ -579,7 +580,12 @@ def training_report(
 def evaluate_command(cfg: Namespace) -> None:
     "Evaluate a run on a whole split, print the numbers, and keep them in evaluation.json."
     run = load_run(cfg.RUN)
-    corpus = prepare(DataConfig(**run.config["data"]))
+    with run_data(run) as corpus:
+        evaluate_on(run, corpus, cfg)
+
+
+def evaluate_on(run: Run, corpus: Corpus, cfg: Namespace) -> None:
+    "As `evaluate_command`, with the text of the run."
     if not same_text(run.checkpoint, dict(data=corpus.fingerprint, tokens=corpus.content)):
         raise InputError(
             f"{cfg.RUN} was trained on other data than what is in {run.config['data']['data_dir']}"

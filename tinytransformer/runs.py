@@ -8,7 +8,7 @@ __all__ = ['EXCESS', 'RECALL', 'OWN_FIELDS', 'TRAINED_FOLDER', 'TRAINED', 'insta
            'explain_training_errors', 'summary', 'near_floor', 'compare_with_floor', 'Run', 'Job', 'resolve_settings',
            'train_run', 'build_model', 'describe_checkpoints', 'train_model', 'undisturbed', 'whole_model',
            'write_settings', 'draw_curve', 'write_results', 'read_gpt2', 'settings_from_gpt2', 'weights_from_gpt2',
-           'read_run_config', 'read_run_tokenizer', 'check_finite', 'load_run']
+           'read_run_config', 'read_run_tokenizer', 'check_finite', 'load_run', 'run_data']
 
 # %% ../nbs/appendix/runs.ipynb #9d219095
 import io
@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors.torch
@@ -50,7 +51,15 @@ from tinytransformer.checkpoint import (
     set_random_state,
 )
 from .config import CONFIGS, make_config, read_config
-from .corpus import Corpus, load_tokenizer, prepare
+from tinytransformer.corpus import (
+    Corpus,
+    is_current,
+    load_corpus,
+    load_tokenizer,
+    prepare,
+    processed_dir,
+    raw_dir,
+)
 from .data import Blocks, DataConfig
 from tinytransformer.devices import (
     agree_on_signal,
@@ -702,3 +711,30 @@ def load_run(
     model.load_state_dict(saved.weights, strict=False)  # a tied matrix is there once
     tokenizer = read_run_tokenizer(folder, model.cfg.vocab_size)
     return Run(folder, config, model.eval(), tokenizer, saved.info)
+
+# %% ../nbs/appendix/runs.ipynb #467294d7
+@contextmanager
+def run_data(run: Run) -> Iterator[Corpus]:
+    """The text that a run was made for, found from here or from a folder above the run. Raises
+    `InputError` where it is missing and cannot be written again.
+    """
+    data = make_config(DataConfig, "data", run.config["data"])
+    start = [] if os.path.isabs(data.data_dir) else run.folder.resolve().parents
+    folders = [Path(data.data_dir), *(folder / data.data_dir for folder in start)]
+    places = [replace(data, data_dir=str(folder)) for folder in folders if folder.is_dir()]
+    for place in places:
+        if is_current(place, processed_dir(place)):
+            yield load_corpus(processed_dir(place))
+            return
+    for place in places:  # a part of it was damaged or deleted
+        if raw_dir(place).is_dir() or processed_dir(place).is_dir():
+            yield prepare(place)
+            return
+    if (data.dataset, data.tokenizer) != ("tinywiki", "bpe"):
+        raise InputError(
+            f"the data of {run.folder} are neither in {data.data_dir} nor in a folder of this name"
+            f" above the run: `tinytransformer prepare --config {run.folder / 'config.yaml'}` brings"
+            " them here"
+        )
+    with TemporaryDirectory() as folder:
+        yield prepare(replace(data, data_dir=folder))
