@@ -11,6 +11,7 @@ __all__ = ['CHANGEABLE_SETTINGS', 'START', 'current_accelerator', 'random_state'
 import io
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,8 @@ class Checkpoints:
     run: Path
     about: dict  # what each of them says of itself: config, data, versions, commit
     found: Checkpoint | None = field(default=None, repr=False)  # by `find`, for `load`
+    # gets the row of the checkpoint that was loaded, on every process
+    loaded: Callable[[dict], None] = field(default=lambda row: None, repr=False)
 
     def newest(self) -> Checkpoint | None:
         """The first of `last`, `previous` and `best` that is whole; None if there is none yet.
@@ -304,6 +307,7 @@ class Checkpoints:
                 load_weights(model, read_start(self.run))
             return Progress()
         restore(checkpoint, model, optimizer)
+        self.loaded(checkpoint.info["metrics"])
         return Progress(**checkpoint.info["progress"])
 
     def save(

@@ -6,9 +6,9 @@
 __all__ = ['MAX_EXCESS_LOSS', 'MIN_FACT_RECALL', 'OWN_FIELDS', 'TRAINED_FOLDER', 'TRAINED', 'installed_version', 'processor',
            'environment', 'git_commit', 'run_lock', 'check_new_folder', 'check_run_folder', 'is_compile_error',
            'explain_training_errors', 'summary', 'near_floor', 'compare_with_floor', 'Run', 'Job', 'resolve_settings',
-           'train_run', 'build_model', 'describe_checkpoints', 'train_model', 'whole_model', 'write_settings',
-           'write_results', 'read_gpt2', 'settings_from_gpt2', 'weights_from_gpt2', 'read_run_config',
-           'read_run_tokenizer', 'load_run']
+           'train_run', 'build_model', 'describe_checkpoints', 'train_model', 'undisturbed', 'whole_model',
+           'write_settings', 'draw_curve', 'write_results', 'read_gpt2', 'settings_from_gpt2', 'weights_from_gpt2',
+           'read_run_config', 'read_run_tokenizer', 'load_run']
 
 # %% ../nbs/appendix/runs.ipynb #9d219095
 import io
@@ -46,7 +46,9 @@ from tinytransformer.checkpoint import (
     check_unchanged,
     check_weights,
     load_weights,
+    random_state,
     read_checkpoint,
+    set_random_state,
 )
 from .config import CONFIGS, make_config, read_config
 from .corpus import Corpus, load_tokenizer, prepare
@@ -63,7 +65,7 @@ from tinytransformer.devices import (
 from .fast import fast_loss, recompute_blocks, use_fast_kernels
 from .files import InputError, is_write_error, read_json, read_rows, write_whole
 from .model import ModelConfig, Transformer
-from .trackers import RunLog, Trackers, progress_bar
+from .trackers import ByProducts, RunLog, Trackers, progress_bar
 from tinytransformer.train import (
     Diverged,
     TrainConfig,
@@ -427,17 +429,41 @@ def train_model(
     log: Callable[[dict], None],
     write: Callable[[Transformer], str],
 ) -> None:
-    "Run `fit`, keep each row, and write a sample at each evaluation with a finite loss."
+    """Run `fit`, keep each row, and write a sample at each evaluation with a finite loss. All that
+    comes after the checkpoint; what fails there, but for a full disk, does not end the training.
+    """
+    by_products = ByProducts()
+
+    def add_sample(row):
+        if not math.isfinite(row.get("val_loss", math.nan)):
+            return
+        whole = whole_model(net, accelerator)  # every process must give its part
+        if accelerator.is_main_process:
+            by_products.attempt("the sample", lambda: write_sample(whole, row["step"]))
+
+    def write_sample(model, step):
+        with undisturbed(model):
+            text = write(model)
+        if text:
+            run_log.log_sample(text, step)
 
     def keep(row):
-        evaluated = math.isfinite(row.get("val_loss", math.nan))
-        # every process must give its part
-        whole = whole_model(net, accelerator) if evaluated else None
         if accelerator.is_main_process:
-            run_log.log(row, write(whole) if whole else None)
-            log(row)
-        advance(row)
+            run_log.log(row)
+        add_sample(row)
+        if accelerator.is_main_process:
+            by_products.attempt("the log", lambda: log(row))
+        by_products.attempt("the progress bar", lambda: advance(row))
 
+    def catch_up(row):
+        # an earlier start may have been killed between the checkpoint and its row or sample
+        missing = on_main(lambda: [file.path.name for file in run_log.missing(row["step"])])
+        if "metrics.jsonl" in missing and accelerator.is_main_process:
+            run_log.metrics.add(row)
+        if "samples.jsonl" in missing:
+            add_sample(row)
+
+    checkpoints.loaded = catch_up
     done = checkpoints.found.info["step"] if checkpoints.found else 0
     with note_stop_signals() as signals, progress_bar(job.train.max_steps, done) as advance:
         fit(
@@ -451,6 +477,17 @@ def train_model(
             stop=lambda: agree_on_signal(signals, accelerator),
             measure=lambda: dict(memory_mb=memory_mb(accelerator.device)),
         )
+
+
+@contextmanager
+def undisturbed(model: Transformer) -> Iterator[None]:
+    "Afterwards, the random generators and the model's mode are as before, whatever the body does."
+    state, training = random_state(), model.training
+    try:
+        yield
+    finally:
+        set_random_state(state)
+        model.train(training)
 
 
 def whole_model(model: Transformer, accelerator: Accelerator) -> Transformer:
@@ -483,6 +520,14 @@ def write_settings(job: Job, here: dict, weights: dict[str, torch.Tensor] | None
     write_whole(run / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
 
 
+def draw_curve(rows: list[dict], found: dict) -> bytes:  # of a PNG file
+    "The losses of a run; `found` is its summary."
+    picture = io.BytesIO()
+    curve = plot_metrics(rows, found["floor"], found.get("sliding_loss"))
+    curve.savefig(picture, dpi=120, bbox_inches="tight")
+    return picture.getvalue()
+
+
 def write_results(job: Job, trackers: Trackers) -> None:
     "Write what is known after the last step. Raises `InputError` if no validation loss was finite."
     run, corpus = job.run, job.corpus
@@ -495,12 +540,10 @@ def write_results(job: Job, trackers: Trackers) -> None:
         read_checkpoint(run / name, state=False).info["metrics"] for name in ("last", "best")
     )
     found = summary(corpus, last["step"], best) | compare_with_floor(load_run(run).model, corpus)
-    picture = io.BytesIO()
-    curve = plot_metrics(
-        read_rows(run / "metrics.jsonl"), found["floor"], found.get("sliding_loss")
-    )
-    curve.savefig(picture, dpi=120, bbox_inches="tight")
-    write_whole(run / "curve.png", picture.getvalue())
+    rows = read_rows(run / "metrics.jsonl")
+    picture = ByProducts().attempt("the picture of the curve", lambda: draw_curve(rows, found))
+    if picture:
+        write_whole(run / "curve.png", picture)
     write_whole(run / "summary.json", json.dumps(found, indent=1))
     trackers.log_results(last["step"])
 

@@ -529,7 +529,9 @@ def fit(
     *,
     loss: LossFunction = plain_loss,
     checkpoints: CheckpointStore | None = None,  # where to go on from, and to write to
-    log: Callable[[dict], None] = lambda row: None,  # gets the row of each step
+    log: Callable[[dict], None] = lambda row: (
+        None
+    ),  # gets the row of each step, after its checkpoint
     accelerator: Accelerator | None = None,  # by default one process, float32, the best device
     stop: Callable[[], int] = lambda: 0,  # number of the signal after which to end; 0: go on
     measure: Callable[[], dict] = dict,  # further entries of each row
@@ -553,9 +555,9 @@ def fit(
             row["val_loss"] = validation_loss(model, objective, text, accelerator)
             better = progress.judge(row["val_loss"])
         rows.append(row)
-        log(row)
         if checkpoints and (due or signal):
             checkpoints.save(model, optimizer, progress, row, better)
+        log(row)  # after the checkpoint: if it fails, no step is lost
         if signal:
             raise Stopped(signal, progress.step)
     return rows
