@@ -277,8 +277,7 @@ def near_floor(
     "Whether a model of TinyWiki has learned nearly all there is to learn."
     recall = summary["fact_recall"] or 0.0  # null where no fact is repeated
     return (
-        summary["sliding_loss"] <= summary["floor"] + MAX_EXCESS_LOSS
-        and recall >= MIN_FACT_RECALL
+        summary["sliding_loss"] <= summary["floor"] + MAX_EXCESS_LOSS and recall >= MIN_FACT_RECALL
     )
 
 
