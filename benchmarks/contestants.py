@@ -52,7 +52,7 @@ def tinytransformer(task: dict) -> Callable[[], None]:
     from tinytransformer.fast import fast_loss, use_fast_kernels
     from tinytransformer.generate import SampleConfig
     from tinytransformer.model import ModelConfig, Transformer
-    from tinytransformer.train import Objective, TrainConfig, make_optimizer, train_step
+    from tinytransformer.train import Objective, TrainConfig, compute_gradients, make_optimizer
 
     model = Transformer(
         ModelConfig(
@@ -86,7 +86,7 @@ def tinytransformer(task: dict) -> Callable[[], None]:
     x, y = ids(task["B"], task["T"] + 1, vocab_size=task["V"]).unfold(1, task["T"], 1).unbind(1)
 
     def step():
-        train_step(objective, optimizer, x, y, cfg, accelerator)
+        compute_gradients(objective, optimizer, x, y, cfg, accelerator)
         optimizer.step()
 
     return step

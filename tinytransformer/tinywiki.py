@@ -235,8 +235,8 @@ def check_grammar(grammar: Grammar, symbol: str = "article") -> None:
 
 # %% ../nbs/appendix/tinywiki.ipynb #9470d787
 def zipf(
-    words: str | list,
-    power: float = 1.0,  # the likeliest first  # 0 makes all alike
+    words: str | list,  # the likeliest first
+    power: float = 1.0,  # 0 makes all alike
 ) -> dict[str, float]:  # word -> weight
     "Weights that fall with the rank, as the frequencies of words do (Zipf, 1935)."
     words = words.split() if isinstance(words, str) else words
