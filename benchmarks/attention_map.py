@@ -32,11 +32,24 @@ SWITCHES = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     " --disable-component-update --disable-sync".split()
 )
-QUIET = """() => { let last = 0; new MutationObserver(() => { last = performance.now() }).observe(document, { subtree: true, childList: true, attributes: true }); window.lastChange = () => last }"""
-REDRAW = """() => { const map = document.querySelector(".attention-map").attentionMap, { layers, heads, tokens } = map.size, times = [];
-  for (let i = 0; i < 60; i++) { const began = performance.now(), q = (i * 37) % tokens;
-    map.choose({ layer: (i * 5) % layers, head: (i * 7) % heads, token: q, key: (i * 11) % (q + 1) }); document.body.offsetHeight; times.push(performance.now() - began) }
-  return times }"""
+QUIET = """() => {
+  let last = 0;
+  const options = { subtree: true, childList: true, attributes: true };
+  new MutationObserver(() => { last = performance.now() }).observe(document, options);
+  window.lastChange = () => last;
+}"""
+REDRAW = """() => {
+  const map = document.querySelector(".attention-map").attentionMap;
+  const { layers, heads, tokens } = map.size, times = [];
+  for (let i = 0; i < 60; i++) {
+    const began = performance.now(), q = (i * 37) % tokens;
+    const layer = (i * 5) % layers, head = (i * 7) % heads;
+    map.choose({ layer, head, token: q, key: (i * 11) % (q + 1) });
+    document.body.offsetHeight;
+    times.push(performance.now() - began);
+  }
+  return times;
+}"""
 
 
 def weights_of(kind: str, layers: int, heads: int, T: int, corpus) -> np.ndarray:

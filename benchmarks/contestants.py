@@ -48,10 +48,11 @@ def cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def tinytransformer(task: dict) -> Callable[[], None]:
     from tinytransformer.devices import make_accelerator
-    from tinytransformer.fast import fast_loss
-    from tinytransformer.generate import SampleConfig, generate
+    from tinytransformer.engine import start_batch
+    from tinytransformer.fast import fast_loss, use_fast_kernels
+    from tinytransformer.generate import SampleConfig
     from tinytransformer.model import ModelConfig, Transformer
-    from tinytransformer.train import Objective, TrainConfig, make_optimizer, train_step
+    from tinytransformer.train import Objective, TrainConfig, compute_gradients, make_optimizer
 
     model = Transformer(
         ModelConfig(
@@ -64,26 +65,28 @@ def tinytransformer(task: dict) -> Callable[[], None]:
             tie_weights=True,
         )
     )
+    use_fast_kernels(model)
     if task["task"] == "generate":
         prompts = ids(task["B"], task["prompt"], vocab_size=task["V"])
         settings = dict(temperature=0.0) if task["greedy"] else dict(temperature=0.8, top_k=50)
         if task["precision"] == "bf16":
             model = model.bfloat16()
-        return lambda: generate(
-            model.eval(), prompts, SampleConfig(max_new_tokens=task["new"], **settings)
-        )
+        cfg = SampleConfig(max_new_tokens=task["new"], **settings)
+        return lambda: list(start_batch(model.eval(), prompts.tolist(), cfg).run())
     cfg = TrainConfig(
         batch_size=task["B"], learning_rate=LEARNING_RATE, precision=task["precision"]
     )
     accelerator = make_accelerator(cfg)
+    if task["compile"]:
+        for block in model.blocks:
+            block.compile()
     objective, optimizer = accelerator.prepare(
-        Objective(torch.compile(model.train()) if task["compile"] else model.train(), fast_loss),
-        make_optimizer(model, cfg),
+        Objective(model.train(), fast_loss), make_optimizer(model, cfg)
     )
     x, y = ids(task["B"], task["T"] + 1, vocab_size=task["V"]).unfold(1, task["T"], 1).unbind(1)
 
     def step():
-        train_step(objective, optimizer, x, y, cfg, accelerator)
+        compute_gradients(objective, optimizer, x, y, cfg, accelerator)
         optimizer.step()
 
     return step

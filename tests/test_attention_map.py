@@ -203,8 +203,14 @@ def test_heat_map_shows_the_weights(show):
     page = show(attention_map(one, WORDS))
     call(page, "map.choose({token: 0, key: null})")
     ink = page.locator("canvas.heat").evaluate(
-        """canvas => { const T = 10, ratio = devicePixelRatio, width = canvas.clientWidth, margin = Math.min(90, width / 4), size = (width - margin) / T, c = canvas.getContext("2d");
-        return Array.from({length: T}, (_, q) => Array.from({length: T}, (_, k) => c.getImageData((margin + (k + .5) * size) * ratio, (margin + (q + .5) * size) * ratio, 1, 1).data[3])) }"""
+        """canvas => {
+          const T = 10, ratio = devicePixelRatio, width = canvas.clientWidth;
+          const margin = Math.min(90, width / 4), size = (width - margin) / T;
+          const c = canvas.getContext("2d"), at = i => (margin + (i + .5) * size) * ratio;
+          const row = q => Array.from({length: T}, (_, k) =>
+            c.getImageData(at(k), at(q), 1, 1).data[3]);
+          return Array.from({length: T}, (_, q) => row(q));
+        }"""
     )
     assert np.array_equal(np.array(ink) > 128, one[0, 0] == 1)
     thumbnail = page.locator(".heads canvas").first.evaluate(

@@ -94,6 +94,49 @@ def test_notebooks_save_their_outputs():
         ], f"{path.name} shows an error"
 
 
+def test_ruff_passes():
+    "Every notebook and file is formatted, and the linter finds nothing."
+    for command in ("format --check", "check"):
+        done = subprocess.run(
+            [BIN / "ruff", *command.split()], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_types_are_right():
+    done = subprocess.run([BIN / "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_lines_are_short():
+    """At most 100 columns, in notebooks too. Ruff cannot check those, because a directive of
+    Quarto, such as `#| fig-alt: ...`, has to stay on one line.
+    """
+    cells = {
+        f"{path.name}, cell {i}": "".join(cell["source"])
+        for path in (ROOT / "nbs").rglob("*.ipynb")
+        for i, cell in enumerate(json.loads(path.read_text())["cells"])
+        if cell["cell_type"] == "code"
+    }
+    assert [
+        f"{name}: {line}"
+        for name, source in cells.items()
+        for line in source.splitlines()
+        if len(line) > 100 and not line.startswith("#|")
+    ] == []
+
+
+def test_functions_fit_on_a_screen():
+    "No function of the package is longer than 60 lines."
+    lengths = {
+        f"{path.name}: {node.name}": node.end_lineno - node.lineno + 1
+        for path in (ROOT / "tinytransformer").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > 60} == {}
+
+
 def test_quarto_finds_its_configuration():
     assert (ROOT / "nbs" / "_quarto.yml").resolve() == (ROOT / "_quarto.yml").resolve()
 
@@ -173,6 +216,27 @@ def test_imports_go_one_way():
         if module in CHAPTERS:
             wrong |= others - {*CHAPTERS[: CHAPTERS.index(module)], *ALONE}
         assert not wrong, f"{module} imports {wrong}"
+
+
+def test_imports_are_declared():
+    "Whatever the package imports is among the requirements in settings.ini."
+    found = {
+        name.split(".")[0]
+        for path in (ROOT / "tinytransformer").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import) or isinstance(node, ast.ImportFrom) and not node.level
+        for name in (
+            [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+        )
+    }
+    known = sys.stdlib_module_names | {"tinytransformer"}
+    called = dict(yaml="pyyaml", PIL="pillow", prometheus_client="prometheus-client")
+    requirements = [Requirement(line) for line in distribution("tinytransformer").requires]
+    declared = {re.sub(r"[-_.]+", "-", req.name).lower() for req in requirements}
+    imported = {called.get(name, name.replace("_", "-").lower()) for name in found - known}
+    assert imported <= declared, f"not declared: {sorted(imported - declared)}"
+    # tools of the notebooks are not among what the package needs to run
+    assert not {req.name for req in requirements if req.marker is None} & {"fastcore", "nbdev"}
 
 
 def required(names: list[str]) -> set[str]:

@@ -41,8 +41,8 @@ def check_causal(
 
     refuse(
         ~np.isfinite(weights),
-        "layer {}, head {}: the weight of token {} for token {} is not a finite number: see where the"
-        " model lost it",
+        "layer {}, head {}: the weight of token {} for token {} is not a finite number: see where"
+        " the model lost it",
     )
     refuse(
         np.triu(weights, 1) != 0,
@@ -290,7 +290,8 @@ def save_page(path: str | Path, title: str, body: str) -> None:
         ' content="width=device-width"><meta http-equiv="Content-Security-Policy"'
         f' content="{policy}">'
         '<meta name="color-scheme" content="light'
-        f' dark"><title>{html.escape(title) or "attention map"}</title></head><body>{body}</body></html>\n'
+        f' dark"><title>{html.escape(title) or "attention map"}</title></head>'
+        f"<body>{body}</body></html>\n"
     )
     write_whole(path, page)
 

@@ -66,7 +66,8 @@ def look_up(
         return table[name]
     if name in VARIANTS:
         raise InputError(
-            f"{setting} is {name!r}, which tinytransformer.variants brings: import that module first"
+            f"{setting} is {name!r}, which tinytransformer.variants brings: import that module"
+            " first"
         )
     raise InputError(f"{setting} is {name!r}: give {' or '.join(table)}")
 

@@ -53,8 +53,8 @@ from .files import InputError, read_json, read_rows, write_whole
 from .generate import SampleConfig
 from .model import ModelConfig, count_parameters
 from tinytransformer.runs import (
-    EXCESS,
-    RECALL,
+    MAX_EXCESS_LOSS,
+    MIN_FACT_RECALL,
     TRAINED,
     Run,
     load_run,
@@ -515,9 +515,9 @@ def training_report(
         )
         if not near_floor(summary):
             lines.append(
-                f"A model can come within {EXCESS} nats of the floor and recall {RECALL:.0%} of the"
-                " facts, but this one does not: train for longer (--train.max_steps), or with a"
-                " different --train.seed."
+                f"A model can come within {MAX_EXCESS_LOSS} nats of the floor and recall"
+                f" {MIN_FACT_RECALL:.0%} of the facts, but this one does not: train for longer"
+                " (--train.max_steps), or with a different --train.seed."
             )
     return [*lines, f"everything is kept in {run.folder}"]
 

@@ -104,7 +104,8 @@ def make_config(
     section: str,  # its name in the file
     values: dict,  # field -> value
 ) -> Config:
-    """A configuration from one section of a YAML file. Raises `InputError` for a name or a type that
+    """A configuration from one section of a YAML file. Raises `InputError` for a name or a type
+    that
     does not fit.
     """
     types = {f.name: f.type for f in fields(cls)}  # type: ignore[arg-type]

@@ -51,10 +51,10 @@ def raw_dir(cfg: DataConfig) -> Path:  # `data/raw/<name>`
     return Path(cfg.data_dir) / "raw" / name
 
 # %% ../nbs/appendix/corpus.ipynb #7ba4927e
-def fetch_rows(
-    cfg: DataConfig,
-):  # a `datasets.DatasetDict` with a `text` column; TinyWiki adds `nats`, what each row's choices cost
-    "The rows of every split: written by TinyWiki, or downloaded from the Hub."
+def fetch_rows(cfg: DataConfig):  # a `datasets.DatasetDict` with a `text` column
+    """The rows of every split: written by TinyWiki, which adds a column `nats` with what the
+    choices of each row cost, or downloaded from the Hub.
+    """
     import datasets
     import huggingface_hub
 

@@ -24,8 +24,8 @@ def check_ids(
     bad = x[(x < 0) | (x >= vocab_size)]
     if len(bad) > 0:
         raise InputError(
-            f"token id {bad[0]} is outside the vocabulary of {vocab_size}: was the text prepared with"
-            " another tokenizer?"
+            f"token id {bad[0]} is outside the vocabulary of {vocab_size}: was the text prepared"
+            " with another tokenizer?"
         )
 
 # %% ../nbs/01_embeddings.ipynb #f8376ba3

@@ -229,7 +229,9 @@ class AttentionExplorer:
         )
         rows = "".join(
             "<tr><td"
-            f' style="text-align:left;font-family:monospace;white-space:pre">{html.escape(text)}</td><td>{p:.4f}</td><td>{p - q:+.4f}</td><td'
+            ' style="text-align:left;font-family:monospace;white-space:pre">'
+            f"{html.escape(text)}</td>"
+            f"<td>{p:.4f}</td><td>{p - q:+.4f}</td><td"
             ' style="text-align:left"><div'
             f' style="width:{200 * p:.0f}px;height:10px;background:#3a78b0"></div></td></tr>'
             for text, p, q in self.next_tokens()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HF_ACTIVATIONS', 'hf_names', 'is_transposed', 'hf_folder', 'read_hf_config', 'hf_shape', 'read_hf_weights',
            'transpose_if_needed', 'rename_hf_tensors', 'check_hf_tensors', 'load_hf_weights', 'from_hf', 'hf_config',
-           'to_hf', 'model_card', 'export']
+           'to_hf', 'card_numbers', 'card_samples', 'model_card', 'export']
 
 # %% ../nbs/appendix/gpt2_twin.ipynb #85a4e8e1
 import json
@@ -26,11 +26,10 @@ from .corpus import hub_error
 from .data import is_hub_name
 from .files import InputError, check, read_json, read_rows, whole_folder, write_whole
 from .model import ModelConfig, Transformer, count_parameters, known_vocab_size
+from .runs import Run
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
-
-    from tinytransformer.runs import Run
 
 # %% ../nbs/appendix/gpt2_twin.ipynb #dfbdced1
 def hf_names(cfg: ModelConfig) -> dict[str, str]:  # our name -> the name in `GPT2LMHeadModel`
@@ -65,7 +64,8 @@ def is_transposed(name: str) -> bool:  # one of our names
 def hf_folder(
     source: str | Path,  # a folder, or the Hub's owner/name
 ) -> Path:
-    """The folder that holds a model of Hugging Face, fetched from the Hub if there is no such folder
+    """The folder that holds a model of Hugging Face, fetched from the Hub if there is no such
+    folder
     here; `InputError` if it is in neither place.
     """
     folder = os.path.expanduser(source)
@@ -145,8 +145,8 @@ def hf_shape(folder: Path) -> ModelConfig:
         fields = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{folder / 'config.json'} is missing or damaged ({type(error).__name__}): give a folder"
-            " that save_pretrained has written"
+            f"{folder / 'config.json'} is missing or damaged ({type(error).__name__}): give a"
+            " folder that save_pretrained has written"
         ) from error
     cfg = read_hf_config(str(folder), fields if isinstance(fields, dict) else {})
     if not file.exists():
@@ -322,73 +322,69 @@ def to_hf(model: Transformer) -> "GPT2LMHeadModel":
     return twin
 
 # %% ../nbs/appendix/gpt2_twin.ipynb #75022208
-def model_card(run: "Run") -> str:  # Markdown, with the front matter that the Hub reads
+def card_numbers(run: Run) -> dict[str, str]:  # what -> value
+    "The size of a run's model and how good it is."
+    summary = read_json(run.folder / "summary.json")
+    loss = "not measured" if run.val_loss is None else f"{run.val_loss:.4f}"
+    measured = {
+        "entropy floor": "floor",
+        "perplexity per token": "perplexity",
+        "perplexity per word": "word_perplexity",
+        "bits per byte": "bits_per_byte",
+    }
+    return {
+        "parameters": f"{count_parameters(run.model):,}",
+        "steps": f"{run.checkpoint['step']:,}",
+        "validation loss (nats per token)": loss,
+    } | {what: f"{summary[key]:.3f}" for what, key in measured.items() if summary.get(key)}
+
+
+def card_samples(run: Run) -> list[str]:  # Markdown
+    "The first and the last text that the model wrote while it was trained."
+    samples = read_rows(run.folder / "samples.jsonl")
+    shown = samples if len(samples) < 2 else [samples[0], samples[-1]]
+    return [
+        f"After {row['step']:,} steps:\n\n```text\n{row['text'].replace('```', '` ` `')}\n```"
+        for row in shown
+    ]
+
+
+def model_card(run: Run) -> str:  # Markdown, with the front matter that the Hub reads
     "What a run is, from what it has kept about itself."
-    data, about, summary, samples = (
-        run.config["data"],
-        run.checkpoint,
-        read_json(run.folder / "summary.json"),
-        read_rows(run.folder / "samples.jsonl"),
-    )
-    ours = data["dataset"] == "tinywiki"
+    data = run.config["data"]
     front = dict(
         language="en",
-        license="apache-2.0" if ours else "other",
+        license="other",
         library_name="transformers",
         pipeline_tag="text-generation",
-    ) | ({} if ours else dict(datasets=[data["dataset"]]))
-    numbers = {
-        "parameters": f"{count_parameters(run.model):,}",
-        "steps": f"{about['step']:,}",
-        "validation loss (nats per token)": (
-            f"{run.val_loss:.4f}" if run.val_loss is not None else "not measured"
-        ),
-    }
-    numbers |= {
-        name: f"{summary[key]:.3f}"
-        for name, key in {
-            "entropy floor": "floor",
-            "perplexity per token": "perplexity",
-            "perplexity per word": "word_perplexity",
-            "bits per byte": "bits_per_byte",
-        }.items()
-        if summary.get(key)
-    }
-    text = (
-        "TinyWiki, articles that a grammar wrote. It knows nothing about the world."
-        if ours
-        else (
-            f"`{data['dataset']}` ({data['subset'] or 'its only part'}). The licence of that text"
-            " holds for it."
-        )
+        datasets=[data["dataset"]],
     )
+    text = (
+        f"`{data['dataset']}` ({data['subset'] or 'no subset'}). The licence of that text holds"
+        " for it."
+    )
+    if data["dataset"] == "tinywiki":
+        front["license"] = "apache-2.0"
+        del front["datasets"]
+        text = "TinyWiki, articles that a grammar wrote. It knows nothing about the world."
+    rows = "\n".join(f"| {what} | {value} |" for what, value in card_numbers(run).items())
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {run.folder.resolve().name}",
-        (
-            "A decoder-only Transformer of GPT-2's architecture, trained with tinytransformer"
-            f" {__version__} on {text}"
-        ),
-        "| | |\n|---|---|\n"
-        + "\n".join(f"| {name} | {value} |" for name, value in numbers.items()),
+        "A decoder-only Transformer of GPT-2's architecture, trained with tinytransformer"
+        f" {__version__} on {text}",
+        f"| | |\n|---|---|\n{rows}",
     ]
     if (run.folder / "curve.png").exists():
         parts.append("![Training and validation loss over the steps](curve.png)")
-    if samples:
-        parts.append(
-            "## Samples\n\n"
-            + "\n\n".join(
-                f"After {row['step']:,}"
-                f" steps:\n\n```text\n{row['text'].replace('```', '` ` `')}\n```"
-                for row in (samples if len(samples) < 2 else [samples[0], samples[-1]])
-            )
-        )
+    if samples := card_samples(run):
+        parts += ["## Samples", *samples]
     parts.append(f"## How it was made\n\n```yaml\n{yaml.safe_dump(run.config, sort_keys=False)}```")
     return "\n\n".join(parts) + "\n"
 
 
 def export(
-    run: "Run",
+    run: Run,
     folder: str | Path,  # new or empty
 ) -> None:
     """Write a run as a folder for `transformers`, whole or not at all; `InputError` if the folder

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['INIT_STD', 'ModelConfig', 'known_vocab_size', 'init_weights', 'Cache', 'call_block', 'Transformer', 'next_token_loss',
-           'count_parameters', 'check_plain', 'parameter_formula', 'flops_per_token']
+           'eval_mode', 'count_parameters', 'check_plain', 'parameter_formula', 'flops_per_token']
 
 # %% ../nbs/04_model.ipynb #a6b57d30
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -191,6 +192,17 @@ def next_token_loss(
 ) -> torch.Tensor:  # scalar
     "Mean cross-entropy in nats per token."
     return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+# %% ../nbs/04_model.ipynb #61ace2ed
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    "Evaluation mode, in which nothing is dropped, while the block runs."
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 # %% ../nbs/04_model.ipynb #8e8e0650
 def count_parameters(model: nn.Module) -> int:

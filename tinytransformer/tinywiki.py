@@ -235,8 +235,8 @@ def check_grammar(grammar: Grammar, symbol: str = "article") -> None:
 
 # %% ../nbs/appendix/tinywiki.ipynb #9470d787
 def zipf(
-    words: str | list,
-    power: float = 1.0,  # the likeliest first  # 0 makes all alike
+    words: str | list,  # the likeliest first
+    power: float = 1.0,  # 0 makes all alike
 ) -> dict[str, float]:  # word -> weight
     "Weights that fall with the rank, as the frequencies of words do (Zipf, 1935)."
     words = words.split() if isinstance(words, str) else words
@@ -282,8 +282,8 @@ NAMES: Grammar = {
         " Brackwell Coldbrook Dewsford Greyhaven Kestrel Westrey"
     ),
     "river": (
-        "Alder Avel Brann Corve Dorn Esker Isla Kenn Loam Medlow Orrin Sark Teme Ure Wend Yarrow".split()
-    ),
+        "Alder Avel Brann Corve Dorn Esker Isla Kenn Loam Medlow Orrin Sark Teme Ure Wend Yarrow"
+    ).split(),
     "region": "Arland Borland Cormark Estmoor Fenland Halmark Kestria Norrland".split(),
     "work_title": ["The {adjective} {thing}"],
     "adjective": zipf(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MakeOptimizer', 'OPTIMIZERS', 'TrainConfig', 'make_adamw', 'make_optimizer', 'batches', 'learning_rate',
            'LossFunction', 'plain_loss', 'windows', 'window_batch', 'evaluate', 'perplexities', 'Text', 'fact_recall',
-           'find_non_finite', 'Objective', 'train_step', 'Progress', 'Stopped', 'Diverged', 'CheckpointStore',
-           'set_learning_rate', 'set_up', 'one_step', 'validation_loss', 'fit', 'lr_range_test', 'plot_lr_range',
+           'find_non_finite', 'Objective', 'compute_gradients', 'Progress', 'Stopped', 'Diverged', 'CheckpointStore',
+           'set_learning_rate', 'set_up', 'train_step', 'validation_loss', 'fit', 'lr_range_test', 'plot_lr_range',
            'plot_metrics']
 
 # %% ../nbs/05_train.ipynb #5bcde0d9
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from . import tinywiki
 from .data import Blocks
 from .files import InputError
-from .model import Transformer, next_token_loss
+from .model import Transformer, eval_mode, next_token_loss
 
 # %% ../nbs/05_train.ipynb #f54aa961
 @dataclass
@@ -199,9 +199,9 @@ def plain_loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tens
 
 # %% ../nbs/05_train.ipynb #2869a8c0
 def windows(
-    n: int,
-    length: int,
-    stride: int,  # targets in the stream  # T, of a window
+    n: int,  # targets in the stream
+    length: int,  # T, tokens in a window
+    stride: int,  # tokens from the end of one window to the end of the next
 ) -> list[tuple[int, int]]:  # (end, how many of the targets before it count)
     "Windows that together count each of `n` targets once."
     ends = [*range(min(length, n), n, stride), n]
@@ -246,15 +246,14 @@ def evaluate(
     every += [(T, 0)] * (-len(every) % world)  # in which nothing counts
     mine, device = every[rank::world], next(model.parameters()).device
     parts = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    total, was_training = torch.zeros((), dtype=torch.float64), model.training
-    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
     silent = None if rank == 0 else True  # None: unless this is a terminal
-    for part in tqdm(parts, desc="evaluating", unit="batch", leave=False, disable=silent):
-        x, y = window_batch(stream, part, T)
-        mean = loss(model, x.to(device), y.to(device)).cpu()  # nan where nothing counts
-        if counted := sum(n for _, n in part):
-            total += mean.double() * counted
-    model.train(was_training)
+    with eval_mode(model):
+        for part in tqdm(parts, desc="evaluating", unit="batch", leave=False, disable=silent):
+            x, y = window_batch(stream, part, T)
+            mean = loss(model, x.to(device), y.to(device)).cpu()  # nan where nothing counts
+            if counted := sum(n for _, n in part):
+                total += mean.double() * counted
     if world > 1 and accelerator:
         total = accelerator.reduce(total.to(device)).cpu()
     return total.item() / (len(stream) - 1)
@@ -294,7 +293,7 @@ def fact_recall(
     articles: int = 100,  # of the validation split, from its beginning
 ) -> float:  # 0 to 1; nan where no fact is repeated within the context
     """Share of the certain facts in TinyWiki's articles that the model's likeliest tokens repeat
-    rightly.
+    correctly.
     """
     tokenizer, T = text.tokenizer, model.cfg.seq_len
     decoded = tokenizer.decode(text.streams["validation"][: 400 * articles].tolist())
@@ -304,14 +303,15 @@ def fact_recall(
         encoded = tokenizer.encode(article, add_special_tokens=False)
         ids = torch.tensor(encoded.ids[: T + 1])
         x = ids[None, :-1].to(next(model.parameters()).device)  # (1, T) at most
-        guesses = model(x)[0].argmax(dim=-1).cpu()  # (T,)
+        with eval_mode(model):
+            guesses = model(x)[0].argmax(dim=-1).cpu()  # (T,)
         correct = guesses == ids[1:]
         for _, start, end in tinywiki.certain_facts(article):
-            places = [i for i, (_, stop) in enumerate(encoded.offsets) if start < stop <= end]
-            if places[-1] > T:
+            positions = [i for i, (_, stop) in enumerate(encoded.offsets) if start < stop <= end]
+            if positions[-1] > T:
                 continue
             asked += 1
-            right += bool(correct[[i - 1 for i in places]].all())
+            right += bool(correct[[i - 1 for i in positions]].all())
     return right / asked if asked else math.nan
 
 # %% ../nbs/05_train.ipynb #e0b4a4d8
@@ -371,33 +371,32 @@ class Objective(nn.Module):
         return smoothed, next_token_loss(logits, y)
 
 
-def train_step(
+def compute_gradients(
     objective: nn.Module,  # an `Objective`, prepared by `accelerator`
     optimizer: torch.optim.Optimizer,  # likewise
     x: torch.Tensor,  # (B, T) this process's share of the batch
     y: torch.Tensor,  # (B, T)
     cfg: TrainConfig,
     accelerator: Accelerator,
-) -> tuple[
-    torch.Tensor, torch.Tensor
-]:  # loss in nats per token and gradient norm before clipping, both over all processes
+) -> tuple[torch.Tensor, torch.Tensor]:  # loss, and gradient norm before clipping
     """Put the averaged and clipped gradients of a batch in place; the caller steps the optimizer.
-    Gradients that are not finite are not clipped.
+    The loss, in nats per token, and the norm are those of all processes together. Gradients that
+    are not finite are not clipped.
     """
     optimizer.zero_grad()
     total = torch.zeros((), device=accelerator.device)
-    parts = list(zip(x.chunk(cfg.micro_batches), y.chunk(cfg.micro_batches)))
+    rows, parts = len(x), list(zip(x.chunk(cfg.micro_batches), y.chunk(cfg.micro_batches)))
     for i, (x, y) in enumerate(parts):
         x, y = x.to(accelerator.device), y.to(accelerator.device)
         # processes exchange gradients once, with the last part
         with accelerator.no_sync(objective) if i + 1 < len(parts) else nullcontext():
             goal, loss = objective(x, y)
-            accelerator.backward(goal / len(parts))
-        total += loss.detach() / len(parts)
+            accelerator.backward(goal * (len(x) / rows))  # the last part may be smaller
+        total += loss.detach() * (len(x) / rows)
     norm = nn.utils.get_total_norm([p.grad for p in objective.parameters() if p.grad is not None])
     # where weights are spread over processes, each knows its part
     whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    # scaled by a norm that is not finite, all gradients would be lost: then do not scale
+    # a norm that is not finite would make every gradient 0 or nan; 0 leaves them as they are
     bound = torch.nan_to_num(whole, nan=0.0, posinf=0.0)
     nn.utils.clip_grads_with_norm_(objective.parameters(), cfg.grad_clip, bound)
     return accelerator.reduce(total, "mean"), whole
@@ -412,7 +411,7 @@ class Progress:
     stale: int = 0  # evaluations since then
 
     def judge(self, val_loss: float) -> bool:
-        "Note a validation loss; whether it is the best so far."
+        "Record a validation loss; returns whether it is the lowest so far."
         better = math.isfinite(val_loss) and (self.best is None or val_loss < self.best)
         self.best, self.stale = (val_loss, 0) if better else (self.best, self.stale + 1)
         return better
@@ -484,7 +483,7 @@ def set_up(
     return accelerator.prepare(objective, make_optimizer(model, cfg))
 
 # %% ../nbs/05_train.ipynb #8927b0db
-def one_step(
+def train_step(
     model: Transformer,
     objective: nn.Module,  # around `model`, as `set_up` makes it
     optimizer: torch.optim.Optimizer,
@@ -497,7 +496,7 @@ def one_step(
     started, rate = time.perf_counter(), learning_rate(step, cfg)
     set_learning_rate(optimizer, rate)
     x, y = next(pairs)
-    results = train_step(objective, optimizer, x, y, cfg, accelerator)
+    results = compute_gradients(objective, optimizer, x, y, cfg, accelerator)
     loss, grad_norm = torch.stack(results).tolist()  # the one time that the host waits for a GPU
     row = dict(loss=loss, learning_rate=rate, grad_norm=grad_norm)
     if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -530,11 +529,13 @@ def fit(
     *,
     loss: LossFunction = plain_loss,
     checkpoints: CheckpointStore | None = None,  # where to go on from, and to write to
-    log: Callable[[dict], None] = lambda row: None,  # gets the row of each step
+    log: Callable[[dict], None] = lambda row: (
+        None
+    ),  # gets the row of each step, after its checkpoint
     accelerator: Accelerator | None = None,  # by default one process, float32, the best device
     stop: Callable[[], int] = lambda: 0,  # number of the signal after which to end; 0: go on
     measure: Callable[[], dict] = dict,  # further entries of each row
-) -> list[dict]:  # step, epoch, what `one_step` measured, and now and then val_loss
+) -> list[dict]:  # step, epoch, what `train_step` measured, and now and then val_loss
     """Train `model` in place up to step `cfg.max_steps`, or until `cfg.patience` runs out. Raises
     `Diverged`; `Stopped`, if `stop` asks for it; `InputError` for a text that is too short.
     """
@@ -547,16 +548,16 @@ def fit(
     pairs = batches(blocks, cfg.batch_size, cfg.seed, progress.step, *share)
     while not progress.is_over(cfg):
         progress.step += 1
-        row = one_step(model, objective, optimizer, pairs, progress.step, cfg, accelerator)
+        row = train_step(model, objective, optimizer, pairs, progress.step, cfg, accelerator)
         row = dict(step=progress.step, epoch=progress.epochs(blocks, cfg)) | row | measure()
         signal, better = stop(), False
         if due := progress.step % cfg.eval_every == 0 or progress.step == cfg.max_steps:
             row["val_loss"] = validation_loss(model, objective, text, accelerator)
             better = progress.judge(row["val_loss"])
         rows.append(row)
-        log(row)
         if checkpoints and (due or signal):
             checkpoints.save(model, optimizer, progress, row, better)
+        log(row)  # after the checkpoint: if it fails, no step is lost
         if signal:
             raise Stopped(signal, progress.step)
     return rows
@@ -578,7 +579,7 @@ def lr_range_test(
     for step, (x, y) in zip(range(steps), batches(blocks, cfg.batch_size, cfg.seed)):
         rate = lowest * (highest / lowest) ** (step / max(1, steps - 1))
         set_learning_rate(optimizer, rate)
-        loss = train_step(objective, optimizer, x, y, cfg, accelerator)[0].item()
+        loss = compute_gradients(objective, optimizer, x, y, cfg, accelerator)[0].item()
         if not math.isfinite(loss) or rows and loss > 2 * min(row["loss"] for row in rows):
             break
         rows.append(dict(learning_rate=rate, loss=loss))

@@ -42,7 +42,9 @@ def rotate(
 
 # %% ../nbs/appendix/variants.ipynb #0aef981e
 class TokenEmbeddings(nn.Module):
-    "Token embedding alone, for attention that knows the positions: ids (B, T) -> vectors (B, T, C)."
+    "Token embedding alone, for attention that knows the positions: ids (B, T) -> vectors (B, T,"
+
+    " C)."
 
     position = None  # no table
 
@@ -75,8 +77,8 @@ class RotaryAttention(MultiHeadAttention):
         MultiHeadAttention.check_shape(embed_dim, num_heads)
         if embed_dim // num_heads % 2:
             raise InputError(
-                f"a head has {embed_dim // num_heads} dimensions, but rotary positions rotate pairs:"
-                " choose another num_heads or embed_dim"
+                f"a head has {embed_dim // num_heads} dimensions, but rotary positions rotate"
+                " pairs: choose another num_heads or embed_dim"
             )
 
     def queries_keys_values(
@@ -97,7 +99,8 @@ ATTENTIONS["rotary"] = RotaryAttention
 
 # %% ../nbs/appendix/variants.ipynb #6324a399
 def swiglu_dim(embed_dim: int) -> int:
-    """Two thirds of 4C, rounded to a multiple of 32: about as many parameters in three matrices as in
+    """Two thirds of 4C, rounded to a multiple of 32: about as many parameters in three matrices as
+    in
     the two of `FeedForward`.
     """
     return 32 * max(1, round(embed_dim / 12))
