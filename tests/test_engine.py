@@ -21,6 +21,7 @@ from tinytransformer.engine import (
 from tinytransformer.explorer import byte_table
 from tinytransformer.files import InputError
 from tinytransformer.generate import SampleConfig, encode_prompt, generate, window_length
+from tinytransformer.runs import load_run
 
 V, CONTEXT = 11, 16
 WORDS = {"[UNK]": 0, "the": 1, "cat": 2, "sat": 3, "##s": 4, ".": 5, "on": 6, "mat": 7, "##ty": 8}
@@ -516,3 +517,18 @@ def test_one_row_that_is_no_number(bad):
     with pytest.raises(InputError, match="no finite numbers"):
         batch.step()  # no row is left
     assert batch.rows == []
+
+
+def test_the_same_seed_beside_others():
+    "Rounding is all that the rows beside it change: in float64, nothing that a draw could notice."
+    run = load_run("tiny")
+    model, prompt = run.model.double(), encode_prompt(run.tokenizer, " = The")
+    cfg = SampleConfig(max_new_tokens=60, seed=33334)
+    alone = start_batch(model, [prompt], cfg)
+    batch = Batch(model, 16)
+    row = batch.add(prompt, cfg)
+    for n in range(1, 16):
+        batch.add(list(range(n, 3 * n)), cfg, n)
+    wanted = finish(alone)[0]
+    finish(batch)
+    assert row.ids == wanted
