@@ -352,10 +352,21 @@ def test_data_is_prepared_once(start_two, tmp_path):
 # --- stopped
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    "processes, number, status",
+    [
+        (1, signal.SIGINT, 130),
+        (2, signal.SIGINT, 130),
+        (1, signal.SIGTERM, 143),
+        (2, signal.SIGTERM, 143),
+        (1, signal.SIGHUP, 129),  # a terminal that is closed
+        (1, signal.SIGUSR1, 138),  # of schedulers, as the next two
+        (2, signal.SIGUSR2, 140),
+        (1, signal.SIGXCPU, 152),
+    ],
+)
 def test_stopped(start, start_two, runs, runs_of_two, held, processes, number, status):
-    "Ctrl-C and SIGTERM finish the step, write a checkpoint and say how to go on."
+    "These signals finish the step, write a checkpoint and say how to go on."
     folder, begin = (
         (runs, lambda *a, **k: [start(*a, **k)]) if processes == 1 else (runs_of_two, start_two)
     )

@@ -2,13 +2,24 @@
 odd files and paths, small containers, other folders."""
 
 import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
+from commands import COMMAND
+from conftest import refusal
 
-from tinytransformer import runs, trackers
+from tinytransformer import cli, runs, trackers
 from tinytransformer.data import DataConfig
-from tinytransformer.files import read_rows
+from tinytransformer.files import digest, read_rows
 from tinytransformer.model import ModelConfig
 from tinytransformer.runs import train_run
 from tinytransformer.train import TrainConfig
@@ -102,3 +113,98 @@ def test_killed_between_a_checkpoint_and_its_by_products(
     for name in ("last/model.safetensors", "samples.jsonl", "summary.json"):
         assert (run / name).read_bytes() == (whole / name).read_bytes()
     assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+# --- finiteness
+
+
+def poison(run: Path) -> None:
+    "A NaN in one weight of `best`, in files that are otherwise whole."
+    best = run / "best"
+    weights = safetensors.torch.load_file(best / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = torch.nan
+    content = safetensors.torch.save(weights)
+    (best / "model.safetensors").write_bytes(content)
+    about = json.loads((best / "checkpoint.json").read_text())
+    about["files"]["model.safetensors"] = digest(content)
+    (best / "checkpoint.json").write_text(json.dumps(about))
+
+
+@pytest.fixture
+def own(workspace, tmp_path, monkeypatch) -> Path:
+    "A copy of the small run and its data, as the current folder."
+    shutil.copytree(workspace / "data", tmp_path / "data")
+    shutil.copytree(workspace / "runs/small", tmp_path / "runs/small")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", ["evaluate RUN", "export RUN out", "generate RUN hello"])
+def test_diverged_run_is_refused(own, command):
+    poison(own / "runs/small")
+    assert "not finite" in refusal(*command.replace("RUN", "runs/small").split())
+    assert not (own / "out").exists()
+    assert not (own / "runs/small/evaluation.json").exists()
+
+
+def test_diverged_loss_is_refused(own, monkeypatch):
+    "The weights are finite, but what they come to is not."
+    monkeypatch.setattr(cli, "evaluate", lambda *args, **kwargs: math.nan)
+    assert "the loss of runs/small on validation is nan" in refusal("evaluate", "runs/small")
+    assert not (own / "runs/small/evaluation.json").exists()
+
+
+def strict_json(text: str) -> object:
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_no_json_holds_nan(undisturbed, tmp_path, monkeypatch):
+    "Where a validation loss, a share of facts and a floor are not finite."
+    found = iter([2.0, math.nan, math.inf, math.nan])
+    monkeypatch.setattr("tinytransformer.train.evaluate", lambda *a, **k: next(found))
+    monkeypatch.setattr(runs, "evaluate", lambda *a, **k: math.inf)
+    monkeypatch.setattr(runs, "fact_recall", lambda *a: math.nan)
+    run = tmp_path / "run"
+    train_run(run, data_in(undisturbed), SHAPE, SHORT)
+    kept = [*run.rglob("*.json")]
+    assert len(kept) >= 6
+    for file in kept:
+        strict_json(file.read_text())
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        strict_json(line)
+    assert json.loads((run / "summary.json").read_text())["fact_recall"] is None
+    # a checkpoint with null for its loss can be gone on from
+    longer = replace(SHORT, max_steps=7)
+    train_run(run, data_in(undisturbed), SHAPE, longer, resume=True, write=lambda model: "text")
+
+
+def test_json_is_written_in_one_place():
+    "A digest alone may use json.dumps: what is written goes through `to_json`."
+    package = Path(cli.__file__).parent
+    for file in package.glob("*.py"):
+        for call in re.findall(r"json\.dumps?\((?:[^()]|\([^()]*\))*\)", file.read_text()):
+            assert "allow_nan=False" in call or file.stem == "corpus", (file, call)
+
+
+# --- interrupts
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.3, 0.6, 1.0, 1.6, 2.5])
+@pytest.mark.parametrize("command", ["evaluate tiny", "prepare --config tiny", "runs --help"])
+def test_interrupted_early(tmp_path, command, seconds):
+    "Ctrl-C while Python still imports: silent, and the status that a shell expects."
+    process = subprocess.Popen(
+        [COMMAND, *command.split()],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    written = process.communicate(timeout=120)[1]
+    assert (process.returncode, written) in [(130, ""), (0, "")]

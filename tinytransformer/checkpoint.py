@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 from .config import upgrade_config
 from .data import DataConfig
 from .devices import log_message, on_main, processes
-from .files import InputError, digest, whole_folder, write_whole
+from .files import InputError, digest, to_json, whole_folder, write_whole
 from .model import ModelConfig, Transformer
 from .train import Progress, TrainConfig
 
@@ -89,9 +89,8 @@ def save_checkpoint(
             ),
             "state.pt": buffer.getvalue(),
         }
-        about = json.dumps(
-            info | dict(files={name: digest(content) for name, content in files.items()}), indent=1
-        )
+        digests = {name: digest(content) for name, content in files.items()}
+        about = to_json(info | dict(files=digests), indent=1)
         for folder, previous in folders:
             with whole_folder(folder, previous) as new:
                 for name, content in (files | {"checkpoint.json": about}).items():

@@ -8,10 +8,10 @@ __all__ = ['SECTIONS', 'OPTIONS', 'WRONG_TYPE', 'NOISE', 'OUT_OF_MEMORY', 'field
            'add_evaluate_options', 'add_generate_options', 'add_export_options', 'add_runs_options',
            'add_serve_options', 'make_parser', 'unfinished', 'split_options', 'run_to_resume', 'parse', 'format_table',
            'prepare_command', 'new_folder', 'unseen_titles', 'first_article', 'progress_lines', 'explain_stop',
-           'train_command', 'training_report', 'evaluate_command', 'evaluation_row', 'generate_command', 'given_fields',
-           'sample_config', 'export_command', 'compare_command', 'import_serve_config', 'serve_command', 'describe',
-           'state_of', 'is_locked', 'runs_command', 'save_plot', 'plot_runs', 'one_line', 'wanted_type', 'process_name',
-           'out_of_memory', 'explain_errors', 'main']
+           'train_command', 'number', 'training_report', 'evaluate_command', 'evaluation_row', 'generate_command',
+           'given_fields', 'sample_config', 'export_command', 'compare_command', 'import_serve_config', 'serve_command',
+           'describe', 'state_of', 'is_locked', 'runs_command', 'save_plot', 'plot_runs', 'one_line', 'wanted_type',
+           'process_name', 'out_of_memory', 'explain_errors', 'main']
 
 # %% ../nbs/appendix/command_line.ipynb #aa1ab598
 import argparse
@@ -21,6 +21,7 @@ import functools
 import inspect
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -49,7 +50,7 @@ from .data import SPLITS, DataConfig
 from .devices import OtherRankFailed, fast_products, on_main, processes
 from .engine import compare, complete, stream
 from .fast import fast_loss
-from .files import InputError, read_json, read_rows, write_whole
+from .files import InputError, read_json, read_rows, write_json, write_whole
 from .generate import SampleConfig
 from .model import ModelConfig, count_parameters
 from tinytransformer.runs import (
@@ -448,11 +449,13 @@ def explain_stop(run: Path) -> Iterator[None]:
         raise
     except Stopped as stopped:
         if processes().is_main_process:
-            print(
-                f"tinytransformer: {stopped}; go on with: tinytransformer train --resume"
-                f" {shlex.quote(str(run))}",
-                file=sys.stderr,
-            )
+            with suppress(OSError):  # the terminal may be closed
+                print(
+                    f"tinytransformer: {stopped}; go on with: tinytransformer train --resume"
+                    f" {shlex.quote(str(run))}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         sys.exit(128 + stopped.number)  # 130 after Ctrl-C, 143 after SIGTERM
 
 
@@ -491,6 +494,11 @@ def train_command(cfg: Namespace) -> None:
     print("\n".join(training_report(trained, summary, articles)))
 
 
+def number(value: float | None, spec: str) -> str:
+    "A number as `spec` formats it, or a dash for one that is not known."
+    return "-" if value is None else format(value, spec)
+
+
 def training_report(
     run: Run,
     summary: dict,  # what summary.json holds
@@ -500,8 +508,8 @@ def training_report(
     lines = [
         f"{count_parameters(run.model):,} parameters, best after {summary['best_step']} of"
         f" {summary['steps']} steps: validation loss {summary['val_loss']:.3f} nats per token in"
-        f" separate blocks, perplexity {summary['perplexity']:.2f} per token,"
-        f" {summary['word_perplexity']:.2f} per word, {summary['bits_per_byte']:.3f} bits per byte"
+        f" separate blocks, perplexity {number(summary['perplexity'], '.2f')} per token,"
+        f" {number(summary['word_perplexity'], '.2f')} per word, {summary['bits_per_byte']:.3f} bits per byte"
     ]
     if summary["floor"]:
         agree = sum(bool(tinywiki.continuations(tinywiki.WIKI, text)) for text in articles)
@@ -510,7 +518,7 @@ def training_report(
             f" {summary['sliding_loss']:.3f}; the entropy floor is {summary['floor']:.3f}"
         )
         lines.append(
-            f"facts recalled: {summary['fact_recall']:.1%}; of the {len(articles)} articles above,"
+            f"facts recalled: {number(summary['fact_recall'], '.1%')}; of the {len(articles)} articles above,"
             f" {agree} contradict themselves nowhere"
         )
         if not near_floor(summary):
@@ -542,6 +550,8 @@ def evaluate_command(cfg: Namespace) -> None:
     found = read_json(kept)
     for name, stride in strides.items():
         loss = evaluate(run.model, corpus.streams[cfg.split], stride, loss=fast_loss)
+        if not math.isfinite(loss):
+            raise InputError(f"the loss of {cfg.RUN} on {cfg.split} is {loss}: train it again")
         found.setdefault(cfg.split, {})[name] = dict(
             step=run.checkpoint["step"],
             tokens=about["tokens"],
@@ -553,7 +563,7 @@ def evaluate_command(cfg: Namespace) -> None:
     print(format_table(rows, texts=2))
     # what comes with the package stays as it is
     if run.folder not in TRAINED.values():
-        write_whole(kept, json.dumps(found, indent=1))
+        write_json(kept, found)
 
 
 def evaluation_row(split: str, windows: str, numbers: dict) -> dict[str, str]:
@@ -663,7 +673,7 @@ def describe(run: Path) -> dict[str, str]:  # heading -> cell
         "train": f"{rows[-1]['loss']:.3f}" if rows and rows[-1]["loss"] is not None else "-",
         "validation": f"{min(losses):.3f}" if losses else "-",
         "floor": f"{summary['floor']:.3f}" if summary.get("floor") else "-",
-        "per word": f"{summary['word_perplexity']:.2f}" if summary else "-",
+        "per word": number(summary.get("word_perplexity"), ".2f"),
         "tokens per s": f"{median(speeds):,.0f}" if rows else "-",
         "minutes": f"{sum(tokens / speed for speed in speeds) / 60:.1f}",
     }

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import psutil
@@ -54,7 +54,8 @@ def processes() -> PartialState:
 def log_message(message: str) -> None:
     "Write a line to stderr, above a progress bar; of several processes, the first one does."
     if processes().is_main_process:
-        tqdm.write(message, file=sys.stderr)
+        with suppress(OSError):  # its terminal may be closed
+            tqdm.write(message, file=sys.stderr)
 
 
 def make_accelerator(cfg: TrainConfig) -> Accelerator:
@@ -149,12 +150,22 @@ def on_main(
     return result[0]
 
 # %% ../nbs/appendix/devices.ipynb #da03aaf3
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C; what ends a program; a terminal that is closed; what schedulers send before they end one
+STOP_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 
 
 @contextmanager
 def note_stop_signals() -> Iterator[list[int]]:  # the numbers of those that came
-    "While the body runs, the first SIGINT or SIGTERM is only noted; a second one acts at once."
+    """While the body runs, the first of `STOP_SIGNALS` is only noted; a second one acts at once. What
+    was ignored, as SIGHUP is under `nohup`, is ignored still.
+    """
     came: list[int] = []
     before: dict[int, Any] = {}  # signal -> its handler
 
@@ -165,7 +176,11 @@ def note_stop_signals() -> Iterator[list[int]]:  # the numbers of those that cam
 
     # Python allows it there alone
     if threading.current_thread() is threading.main_thread():
-        before |= {s: signal.signal(s, note) for s in STOP_SIGNALS}
+        always = signal.SIGINT, signal.SIGTERM
+        heard = [
+            s for s in STOP_SIGNALS if s in always or signal.getsignal(s) is not signal.SIG_IGN
+        ]
+        before |= {s: signal.signal(s, note) for s in heard}
     try:
         yield came
     finally:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL_OR_READ_ONLY', 'NOT_ALLOWED', 'InputError', 'check', 'write_whole', 'is_write_error', 'discard', 'is_running',
-           'whole_folder', 'digest', 'read_rows', 'read_json', 'JsonLines']
+           'whole_folder', 'digest', 'read_rows', 'read_json', 'to_json', 'write_json', 'JsonLines']
 
 # %% ../nbs/appendix/files.ipynb #b377ab69
 import errno
@@ -171,6 +171,24 @@ def read_json(
     return found
 
 
+def to_json(value: object, indent: int | None = None) -> str:
+    "JSON knows only finite numbers: all others become null, at any depth."
+
+    def finite(value):
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, dict):
+            return {name: finite(each) for name, each in value.items()}
+        return [finite(each) for each in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    "Write `value` as JSON, whole or not at all."
+    write_whole(path, to_json(value, indent=1))
+
+
 class JsonLines:
     "A file that gets a row at a time, each written out at once."
 
@@ -183,17 +201,9 @@ class JsonLines:
         if self.file is None:
             # the others are of a process that was killed
             rows = [old for old in read_rows(self.path) if old["step"] < row["step"]]
-            write_whole(self.path, "".join(json.dumps(old) + "\n" for old in rows))
+            write_whole(self.path, "".join(to_json(old) + "\n" for old in rows))
             self.file = self.path.open("a", encoding="utf-8")
-        self.file.write(
-            json.dumps(
-                {
-                    name: None if isinstance(value, float) and not math.isfinite(value) else value
-                    for name, value in row.items()
-                }
-            )
-            + "\n"
-        )
+        self.file.write(to_json(row) + "\n")
         self.file.flush()
 
     def close(self) -> None:

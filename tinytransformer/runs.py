@@ -8,11 +8,10 @@ __all__ = ['MAX_EXCESS_LOSS', 'MIN_FACT_RECALL', 'OWN_FIELDS', 'TRAINED_FOLDER',
            'explain_training_errors', 'summary', 'near_floor', 'compare_with_floor', 'Run', 'Job', 'resolve_settings',
            'train_run', 'build_model', 'describe_checkpoints', 'train_model', 'undisturbed', 'whole_model',
            'write_settings', 'draw_curve', 'write_results', 'read_gpt2', 'settings_from_gpt2', 'weights_from_gpt2',
-           'read_run_config', 'read_run_tokenizer', 'load_run']
+           'read_run_config', 'read_run_tokenizer', 'check_finite', 'load_run']
 
 # %% ../nbs/appendix/runs.ipynb #9d219095
 import io
-import json
 import math
 import os
 import platform
@@ -63,7 +62,14 @@ from tinytransformer.devices import (
     processes,
 )
 from .fast import fast_loss, recompute_blocks, use_fast_kernels
-from .files import InputError, is_write_error, read_json, read_rows, write_whole
+from tinytransformer.files import (
+    InputError,
+    is_write_error,
+    read_json,
+    read_rows,
+    write_json,
+    write_whole,
+)
 from .model import ModelConfig, Transformer
 from .trackers import ByProducts, RunLog, Trackers, progress_bar
 from tinytransformer.train import (
@@ -269,9 +275,9 @@ def near_floor(
     summary: dict,  # with the entries of `compare_with_floor`
 ) -> bool:
     "Whether a model of TinyWiki has learned nearly all there is to learn."
+    recall = summary["fact_recall"] or 0.0  # null where no fact is repeated
     return (
-        summary["sliding_loss"] <= summary["floor"] + MAX_EXCESS_LOSS
-        and summary["fact_recall"] >= MIN_FACT_RECALL
+        summary["sliding_loss"] <= summary["floor"] + MAX_EXCESS_LOSS and recall >= MIN_FACT_RECALL
     )
 
 
@@ -364,7 +370,7 @@ def train_run(
     """Prepare, train, and keep everything about it in the folder `run`.
 
     Raises `InputError` for settings or a folder that do not fit, where the folder cannot be
-    written, and if training diverges; `Stopped` after SIGINT or SIGTERM, with a checkpoint written;
+    written, and if training diverges; `Stopped` after a signal, with a checkpoint written;
     `OtherRankFailed` where process 0 reports the reason.
     """
     job = resolve_settings(run, data, model, train, resume, sections, corpus)
@@ -435,7 +441,8 @@ def train_model(
     by_products = ByProducts()
 
     def add_sample(row):
-        if not math.isfinite(row.get("val_loss", math.nan)):
+        val_loss = row.get("val_loss")  # a checkpoint has null for one that was not finite
+        if val_loss is None or not math.isfinite(val_loss):
             return
         whole = whole_model(net, accelerator)  # every process must give its part
         if accelerator.is_main_process:
@@ -514,7 +521,7 @@ def write_settings(job: Job, here: dict, weights: dict[str, torch.Tensor] | None
     if weights:
         write_whole(run / START, safetensors.torch.save(weights))
     starts = read_json(run / "environment.json", list)
-    write_whole(run / "environment.json", json.dumps([*starts, here], indent=1))
+    write_json(run / "environment.json", [*starts, here])
     write_whole(run / "tokenizer.json", job.corpus.tokenizer.to_str(pretty=True))
     (run / "summary.json").unlink(missing_ok=True)
     write_whole(run / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
@@ -544,7 +551,7 @@ def write_results(job: Job, trackers: Trackers) -> None:
     picture = ByProducts().attempt("the picture of the curve", lambda: draw_curve(rows, found))
     if picture:
         write_whole(run / "curve.png", picture)
-    write_whole(run / "summary.json", json.dumps(found, indent=1))
+    write_json(run / "summary.json", found)
     trackers.log_results(last["step"])
 
 # %% ../nbs/appendix/runs.ipynb #b5c6f837
@@ -657,6 +664,16 @@ def read_run_tokenizer(folder: Path, vocab_size: int | None) -> Tokenizer:
     return tokenizer
 
 
+def check_finite(weights: dict[str, torch.Tensor]) -> None:
+    "Raise `InputError` where a weight is NaN or infinite."
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise InputError(
+                f"{name} holds numbers that are not finite, so the training has diverged: train"
+                " again with a lower train.learning_rate"
+            )
+
+
 def load_run(
     folder: str | Path,  # of a run, or `tiny`, the run that comes with the package
 ) -> Run:
@@ -678,6 +695,7 @@ def load_run(
     saved = read_checkpoint(found[0], state=False)
     try:
         check_weights(model, saved.weights)
+        check_finite(saved.weights)
     except InputError as error:
         raise InputError(f"{found[0]}: {error}") from error
     model.load_state_dict(saved.weights, strict=False)  # a tied matrix is there once

@@ -6,7 +6,6 @@
 __all__ = ['MLFLOW_FILES', 'Result', 'live_curve', 'Trackers', 'progress_bar', 'RunLog', 'ByProducts']
 
 # %% ../nbs/appendix/trackers.ipynb #07806c7a
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from accelerate.tracking import MLflowTracker, TensorBoardTracker
 from tqdm import tqdm
 
 from .devices import log_message, processes
-from .files import InputError, JsonLines, read_json, read_rows, write_whole
+from .files import InputError, JsonLines, read_json, read_rows, write_json
 from .train import plot_metrics
 
 # %% ../nbs/appendix/trackers.ipynb #abed5c0d
@@ -99,7 +98,7 @@ class Trackers:
         if not known:
             tracker.store_init_configuration(self.config)
         if name == "mlflow":
-            write_whole(kept, json.dumps(dict(run_id=tracker.tracker.info.run_id)))
+            write_json(kept, dict(run_id=tracker.tracker.info.run_id))
         self.using[name] = tracker
 
     def each(
