@@ -21,6 +21,7 @@ from tinytransformer.engine import (
 from tinytransformer.explorer import byte_table
 from tinytransformer.files import InputError
 from tinytransformer.generate import SampleConfig, encode_prompt, generate, window_length
+from tinytransformer.runs import load_run
 
 V, CONTEXT = 11, 16
 WORDS = {"[UNK]": 0, "the": 1, "cat": 2, "sat": 3, "##s": 4, ".": 5, "on": 6, "mat": 7, "##ty": 8}
@@ -474,3 +475,60 @@ def test_a_prompt_is_text():
     assert len(tokenizer.encode(text).ids) == 2
     ids = encode_prompt(tokenizer, text)
     assert len(ids) == 14 and tokenizer.decode(ids) == text
+
+
+# --- one row that cannot go on
+
+
+class Poisoned(MockModel):
+    "A prompt with token 9 in it makes its keys, and all that comes of them, no numbers."
+
+    def hidden(self, ids, cache):
+        cache.extend(ids.shape[1])
+        values = ids.float()
+        if ids.shape[1] > 1:
+            values[ids == 9] = float("nan")
+        keys, _, mask = cache.layer(0).append(*[values[:, None, :, None]] * 2)
+        weights = torch.arange(1, keys.shape[2] + 1)
+        sums = (mask[:, 0] * weights * (keys[:, 0, :, 0] + 1)[:, None]).sum(dim=-1)  # (B, T)
+        logits = torch.nn.functional.one_hot(sums.nan_to_num().long() % V, V).float()
+        return logits.masked_fill(sums.isnan()[..., None], float("nan"))
+
+
+@pytest.mark.parametrize("bad", [[5], [15], [0, 7, 15]])
+def test_one_row_that_is_no_number(bad):
+    "It gets an error, and the others go on; so does a new text in its place."
+    prompts = [[1, i % 8, 2] for i in range(16)]
+    for i in bad:
+        prompts[i] = [1, 9, 2]
+    batch = Batch(Poisoned(), 16)
+    rows = [batch.add(prompt, FRUIT) for prompt in prompts]
+    with pytest.raises(InputError, match="no finite numbers"):
+        list(batch.run())
+    for i, row in enumerate(rows):
+        if i in bad:
+            assert row.error and row.written == [] and row.finish_reason is None
+        else:
+            assert row.ids == continued(prompts[i], 6) and not row.error
+    again = [batch.add([1, i % 8, 2], FRUIT) for i in range(16)]  # where a NaN was
+    assert finish(batch) == [continued([1, i % 8, 2], 6) for i in range(16)]
+    assert not any(row.error for row in again)
+    batch.add([1, 9, 2], FRUIT)
+    with pytest.raises(InputError, match="no finite numbers"):
+        batch.step()  # no row is left
+    assert batch.rows == []
+
+
+def test_the_same_seed_beside_others():
+    "Rounding is all that the rows beside it change: in float64, nothing that a draw could notice."
+    run = load_run("tiny")
+    model, prompt = run.model.double(), encode_prompt(run.tokenizer, " = The")
+    cfg = SampleConfig(max_new_tokens=60, seed=33334)
+    alone = start_batch(model, [prompt], cfg)
+    batch = Batch(model, 16)
+    row = batch.add(prompt, cfg)
+    for n in range(1, 16):
+        batch.add(list(range(n, 3 * n)), cfg, n)
+    wanted = finish(alone)[0]
+    finish(batch)
+    assert row.ids == wanted

@@ -3,6 +3,8 @@ sends nonsense, and a browser."""
 
 import asyncio
 import contextlib
+import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -936,6 +938,63 @@ def test_a_step_that_fails(run, monkeypatch, streamed, caplog):
         assert (
             post(f"{url}/v1/completions", json=dict(model="small", prompt="a")).status_code == 200
         )
+
+
+def test_one_bad_row(run, monkeypatch, caplog):
+    "Its request gets an error that says why; the 15 beside it go on."
+    read, together = Batch.read, []
+
+    def read_with_a_fault(self):
+        logits = read(self)
+        together.append(len(self.rows))
+        for i, row in enumerate(self.rows):
+            if row.ids[0] == 7 and len(row.written) == 5:
+                logits[i, 3] = float("nan")
+        return logits
+
+    slow_steps(monkeypatch)
+    monkeypatch.setattr(Batch, "read", read_with_a_fault)
+    with in_thread(run, ServeConfig()) as (url, decoder), ThreadPoolExecutor(16) as pool:
+
+        def ask(i):
+            body = dict(model="small", prompt=[i, 40], max_tokens=60, temperature=0)
+            return post(f"{url}/v1/completions", json=body)
+
+        for _ in range(2):
+            answers = list(pool.map(ask, range(16)))
+            assert [a.status_code for a in answers] == [500 if i == 7 else 200 for i in range(16)]
+            assert "no finite numbers" in answers[7].json()["error"]["message"]
+        assert ask(7).status_code == 500  # alone
+        assert ask(8).json()["choices"] == answers[8].json()["choices"]
+        assert decoder.free == 80 and max(together) > 8
+    assert "cannot go on" in caplog.text and "Traceback" not in caplog.text
+
+
+def test_no_json_without_numbers(run):
+    "Whatever a model full of NaN answers is an error, and its JSON is valid."
+    broken = copy.deepcopy(run.model)
+    for p in broken.parameters():
+        p.data.fill_(float("nan"))
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    app = make_app(dataclasses.replace(run, model=broken), ServeConfig())
+    with TestClient(app, raise_server_exceptions=False) as client:
+        for body in (
+            dict(logprobs=2),
+            dict(logprobs=2, echo=True),
+            dict(logprobs=2, echo=True, max_tokens=0),
+            dict(stream=True, logprobs=0, echo=True),
+            dict(n=3, best_of=4),
+        ):
+            got = client.post("/v1/completions", json=dict(model="small", prompt=" = The") | body)
+            assert got.status_code == 500 or body.get("stream"), body
+            for line in got.text.replace("data: ", "").split("\n\n"):
+                assert "error" in json.loads(line, parse_constant=refuse)
+        got = client.post("/attention", json=dict(prompt=" = The"))
+        assert got.status_code == 500
+        assert "error" in json.loads(got.text, parse_constant=refuse)
 
 
 def test_a_fault_between_steps(run, monkeypatch, caplog):

@@ -32,6 +32,8 @@ from tinytransformer.generate import (
     draw_token,
     encode_prompt,
     extend,
+    finite_rows,
+    logits_error,
     row_generator,
     truncate_logits,
     window_length,
@@ -250,6 +252,7 @@ class Row:
     decoder: StreamDecoder | None  # turns tokens into text; None where there is no tokenizer
     top_logprobs: int | None  # how many of the likeliest tokens to report; None: no logprobs at all
     finish_reason: Literal["stop", "length"] | None = None
+    error: InputError | None = None  # why it could not go on
 
     def __post_init__(self):
         # what decides the draw; rows that agree in it go through the controls together
@@ -365,11 +368,31 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> list[GeneratedToken]:
-        "A token for every row. Rows that are done leave."
+        """A token for every row. Rows that are done leave. So do rows whose logits are no finite
+        numbers, with an `error`, which is raised if there are no others.
+        """
         logits = self.read().float()
-        check_logits(logits)
+        finite = finite_rows(logits)
+        if not finite.all():
+            logits = self.remove_broken(logits, finite)
         rows, tokens = list(self.rows), self.draw(logits)
         return [self.append(row, token, z) for row, token, z in zip(rows, tokens, logits)]
+
+    def remove_broken(
+        self,
+        logits: torch.Tensor,  # (B, V)
+        finite: torch.Tensor,  # (B,) bool
+    ) -> torch.Tensor:  # (B', V) of the rows that stay, in their new order
+        "Let the rows go whose logits are no finite numbers."
+        rows = list(self.rows)
+        for row, is_finite in zip(rows, finite.tolist()):
+            if not is_finite:
+                row.error = logits_error()
+                self.remove(row)
+                self.cache.clear([len(self.rows)])
+        if not self.rows:
+            raise logits_error()
+        return logits[[rows.index(row) for row in self.rows]]
 
     def append(
         self,
@@ -398,9 +421,13 @@ class Batch:
         return generated
 
     def run(self) -> Iterator[GeneratedToken]:
-        "Steps until every row is done."
+        "Steps until every row is done; at the end it raises the error of a row that has one."
+        rows = list(self.rows)
         while self.rows:
             yield from self.step()
+        for row in rows:
+            if row.error:
+                raise row.error
 
 # %% ../nbs/appendix/engine.ipynb #42131683
 def start_batch(
@@ -493,6 +520,7 @@ def beam_search(
     device = next(model.parameters()).device
     cache = KVCache.empty(model, 1, len(prompt) + max_new_tokens)
     logits = extend(model, torch.tensor([prompt], device=device), cache)  # (1, V)
+    check_logits(logits)
     texts: list[list[int]] = [[]]
     scores = logits.new_zeros(1)
     finished: list[tuple[float, list[int]]] = []
@@ -512,6 +540,7 @@ def beam_search(
             break
         cache = cache.reorder([e.parent for e in kept])  # each goes on from its parent's keys
         logits = extend(model, torch.tensor([[e.token] for e in kept], device=device), cache)
+        check_logits(logits)
     if len(finished) < beams or length == max_new_tokens:
         finished += [(score / norm, text) for score, text in zip(scores.tolist(), texts)]
     return sorted(finished, reverse=True)[:beams]

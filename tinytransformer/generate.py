@@ -6,7 +6,8 @@
 __all__ = ['GREEDY_BELOW', 'keep_top_k', 'keep_mass', 'keep_top_p', 'keep_min_p', 'keep_typical', 'penalise_repetition',
            'penalise_frequency', 'bias_tokens', 'SampleConfig', 'apply_penalties', 'truncate_logits',
            'next_distribution', 'KVCache', 'KVLayer', 'evaluating', 'extend', 'window_length', 'row_generator',
-           'draw_token', 'check_prompt', 'check_logits', 'count_tokens', 'generate', 'encode_prompt']
+           'draw_token', 'check_prompt', 'finite_rows', 'logits_error', 'check_logits', 'count_tokens', 'generate',
+           'encode_prompt']
 
 # %% ../nbs/06_generate.ipynb #e427af26
 import math
@@ -280,6 +281,13 @@ class KVCache:
         "Forget all tokens of these rows."
         self.lengths[list(rows)] = 0
 
+    def clear(self, rows: Sequence[int]) -> None:
+        """Forget these rows, and what was computed for them. A NaN that is left behind would spoil
+        the next text there: masked or not, 0 times NaN is NaN.
+        """
+        self.kv[:, :, list(rows)] = 0
+        self.reset(rows)
+
     def first(self, rows: int) -> "KVCache":
         "The first rows alone; what is written into them is written into this cache."
         return KVCache(self.kv[:, :, :rows], self.lengths[:rows])
@@ -407,13 +415,24 @@ def check_prompt(
         raise InputError("logit_bias bans every token: leave at least one")
 
 
+def finite_rows(
+    logits: torch.Tensor,  # (B, V)
+) -> torch.Tensor:  # (B,) bool
+    "Which rows hold finite numbers only."
+    return logits.isfinite().all(dim=-1)
+
+
+def logits_error() -> InputError:
+    return InputError(
+        "the model's logits are no finite numbers: if its training diverged, train again with a"
+        " smaller learning rate"
+    )
+
+
 def check_logits(logits: torch.Tensor) -> None:
     "Raise `InputError` for logits that are infinite or not a number."
-    if not logits.sum().isfinite():
-        raise InputError(
-            "the model's logits are no finite numbers: if its training diverged, train again with"
-            " a smaller learning rate"
-        )
+    if not finite_rows(logits).all():
+        raise logits_error()
 
 
 def count_tokens(

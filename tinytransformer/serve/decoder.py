@@ -20,8 +20,9 @@ from typing import Any, Literal
 import prometheus_client as prometheus
 import torch
 
-from ..engine import Batch, Row
-from ..generate import SampleConfig
+from ..engine import Batch, GeneratedToken, Row
+from ..files import InputError
+from ..generate import SampleConfig, check_logits
 from ..model import Transformer
 from ..runs import Run
 from .schemas import APIError, ServeConfig, internal_error, shutting_down
@@ -68,9 +69,13 @@ def prompt_logprobs(
     ids: list[int],  # T
     top: int,
 ) -> tuple[list[float | None], list[dict[int, float] | None]]:  # T each
-    "Log-probability of each token of a text, and of the likeliest ones at its position."
+    """Log-probability of each token of a text, and of the likeliest ones at its position. Raises
+    `InputError` where the model's logits are no finite numbers.
+    """
     x = torch.tensor([ids], device=next(model.parameters()).device)
-    logprobs = model(x)[0, :-1].log_softmax(dim=-1)  # (T - 1, V)
+    logits = model(x)[0, :-1]  # (T - 1, V)
+    check_logits(logits)
+    logprobs = logits.log_softmax(dim=-1)
     best = logprobs.topk(min(top, logprobs.shape[1]), dim=-1)
     tops = [dict(zip(i, v)) for i, v in zip(best.indices.tolist(), best.values.tolist())]
     return [None, *logprobs.gather(1, x[0, 1:, None])[:, 0].tolist()], [None, *tops]
@@ -240,6 +245,9 @@ class Worker:
                 self.running[row] = choice
                 if row.decoder and row.decoder.pending:
                     text = text[:-1]  # half a character, which is written whole or as U+FFFD
+        except InputError as error:
+            log.error("a prompt cannot be read: %s", error)
+            return [(choice, APIError(500, str(error)))]
         except Exception:
             return [(choice, self.failed("a prompt"))]
         if not choice.echo:
@@ -256,9 +264,9 @@ class Worker:
         return [(choice, piece)]
 
     def step(self) -> list[Update]:
-        "A token for every row."
+        "A token for every row, or the error that it has come to."
         updates: list[Update] = []
-        for token in self.batch.step() if self.batch.rows else []:
+        for token in self.step_batch():
             choice, reason = self.running[token.row], token.row.finish_reason
             if reason:
                 del self.running[token.row]
@@ -266,7 +274,18 @@ class Worker:
                 choice.index, token.text, [token.id], [token.logprob], [token.top_logprobs], reason
             )
             updates.append((choice, piece))
+        for row in [row for row in self.running if row.error]:
+            log.error("a text cannot go on: %s", row.error)
+            updates.append((self.running.pop(row), APIError(500, str(row.error))))
         return updates
+
+    def step_batch(self) -> list[GeneratedToken]:
+        try:
+            return self.batch.step() if self.batch.rows else []
+        except InputError:
+            if self.batch.rows:
+                raise
+            return []  # no row could go on, and each knows why
 
     def failed(self, what: str) -> APIError:
         log.exception("%s failed; the loop goes on", what)
