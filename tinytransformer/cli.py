@@ -556,7 +556,8 @@ def training_report(
         f"{count_parameters(run.model):,} parameters, best after {summary['best_step']} of"
         f" {summary['steps']} steps: validation loss {summary['val_loss']:.3f} nats per token in"
         f" separate blocks, perplexity {number(summary['perplexity'], '.2f')} per token,"
-        f" {number(summary['word_perplexity'], '.2f')} per word, {summary['bits_per_byte']:.3f} bits per byte"
+        f" {number(summary['word_perplexity'], '.2f')} per word,"
+        f" {summary['bits_per_byte']:.3f} bits per byte"
     ]
     if summary["floor"]:
         agree = sum(bool(tinywiki.continuations(tinywiki.WIKI, text)) for text in articles)
@@ -565,7 +566,8 @@ def training_report(
             f" {summary['sliding_loss']:.3f}; the entropy floor is {summary['floor']:.3f}"
         )
         lines.append(
-            f"facts recalled: {number(summary['fact_recall'], '.1%')}; of the {len(articles)} articles above,"
+            f"facts recalled: {number(summary['fact_recall'], '.1%')}; of the"
+            f" {len(articles)} articles above,"
             f" {agree} contradict themselves nowhere"
         )
         if not near_floor(summary):

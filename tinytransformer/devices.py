@@ -225,8 +225,8 @@ STOP_SIGNALS = (
 
 @contextmanager
 def note_stop_signals() -> Iterator[list[int]]:  # the numbers of those that came
-    """While the body runs, the first of `STOP_SIGNALS` is only noted; a second one acts at once. What
-    was ignored, as SIGHUP is under `nohup`, is ignored still.
+    """While the body runs, the first of `STOP_SIGNALS` is only noted; a second one acts at once.
+    What was ignored, as SIGHUP is under `nohup`, is ignored still.
     """
     came: list[int] = []
     before: dict[int, Any] = {}  # signal -> its handler

@@ -735,8 +735,8 @@ def run_data(run: Run) -> Iterator[Corpus]:
     if (data.dataset, data.tokenizer) != ("tinywiki", "bpe"):
         raise InputError(
             f"the data of {run.folder} are neither in {data.data_dir} nor in a folder of this name"
-            f" above the run: `tinytransformer prepare --config {run.folder / 'config.yaml'}` brings"
-            " them here"
+            " above the run: `tinytransformer prepare --config"
+            f" {run.folder / 'config.yaml'}` brings them here"
         )
     with TemporaryDirectory() as folder:
         yield prepare(replace(data, data_dir=folder))
