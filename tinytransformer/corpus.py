@@ -168,7 +168,7 @@ def raw_rows(cfg: DataConfig):  # a `datasets.DatasetDict`
     except Exception as error:
         raise InputError(
             f"{folder} is damaged ({type(error).__name__}): delete it and run again, and its rows"
-            " are fetched anew"
+            " are fetched again"
         ) from error
     check(
         found == source,
