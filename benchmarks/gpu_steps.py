@@ -38,7 +38,7 @@ from tinytransformer.devices import has_bf16, make_accelerator, memory_mb
 from tinytransformer.engine import complete
 from tinytransformer.fast import drop, fast_loss, head_loss
 from tinytransformer.files import InputError, read_json, read_rows
-from tinytransformer.generate import KVCache, SampleConfig, extend, generate
+from tinytransformer.generate import KVCache, SampleConfig, generate, next_logits
 from tinytransformer.hf import to_hf
 from tinytransformer.model import ModelConfig, Transformer, count_parameters, next_token_loss
 from tinytransformer.runs import load_run, near_floor, train_run
@@ -311,9 +311,9 @@ def cached_against_uncached(bench: Bench) -> None:
             x = random_tokens(bench, model, batch_size=3)[:, :-1].to(bench.device)
             T = x.shape[1]
             cache = KVCache.empty(model, len(x), T)
-            read = [extend(model, x[:, : T // 2], cache)]
+            read = [next_logits(model, x[:, : T // 2], cache)]
             for t in range(T // 2, min(T, T // 2 + 16)):
-                read.append(extend(model, x[:, t : t + 1], cache))
+                read.append(next_logits(model, x[:, t : t + 1], cache))
             whole = model(x)[:, T // 2 - 1 : T // 2 - 1 + len(read)]
             error = relative_error([torch.stack(read, dim=1)], [whole])
             limit = 1e-5 if precision == "fp32" else 3e-2

@@ -47,7 +47,7 @@ class MockModel:
 
     def hidden(self, ids, cache):  # (B, T) -> (B, T, V)
         self.shapes.append(tuple(ids.shape))
-        cache.extend(ids.shape[1])
+        cache.reserve(ids.shape[1])
         keys, _, mask = cache.layer(0).append(*[ids[:, None, :, None].float()] * 2)
         weights = torch.arange(1, keys.shape[2] + 1)  # the position counts too
         sums = (mask[:, 0] * weights * (keys[:, 0, :, 0] + 1)[:, None]).sum(dim=-1)  # (B, T)
@@ -436,7 +436,7 @@ class Forced(MockModel):
         self.tokens = iter(tokens)
 
     def hidden(self, ids, cache):
-        cache.extend(ids.shape[1])
+        cache.reserve(ids.shape[1])
         token = next(self.tokens)
         return torch.nn.functional.one_hot(torch.full(ids.shape, token), 300).float()
 
@@ -484,7 +484,7 @@ class Poisoned(MockModel):
     "A prompt with token 9 in it makes its keys, and all that comes of them, no numbers."
 
     def hidden(self, ids, cache):
-        cache.extend(ids.shape[1])
+        cache.reserve(ids.shape[1])
         values = ids.float()
         if ids.shape[1] > 1:
             values[ids == 9] = float("nan")

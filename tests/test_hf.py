@@ -24,7 +24,7 @@ from torch.testing import assert_close
 
 from tinytransformer.cli import main
 from tinytransformer.engine import complete
-from tinytransformer.generate import KVCache, SampleConfig, extend
+from tinytransformer.generate import KVCache, SampleConfig, next_logits
 from tinytransformer.hf import from_hf, hf_names, is_transposed, to_hf
 from tinytransformer.model import Transformer, next_token_loss
 from tinytransformer.runs import load_run
@@ -100,7 +100,7 @@ def test_twins(shape, tmp_path):
             out = theirs(x[:, start:end], past_key_values=past, use_cache=True)
             past = out.past_key_values
             assert_close(
-                extend(mine, x[:, start:end], room), out.logits[:, -1], rtol=1e-9, atol=1e-9
+                next_logits(mine, x[:, start:end], room), out.logits[:, -1], rtol=1e-9, atol=1e-9
             )
             for layer, (keys, values) in zip(past.layers, room.kv, strict=True):
                 assert_close(keys[:, :, :end], layer.keys, rtol=1e-9, atol=1e-9)

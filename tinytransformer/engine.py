@@ -31,9 +31,9 @@ from tinytransformer.generate import (
     count_tokens,
     draw_token,
     encode_prompt,
-    extend,
     finite_rows,
     logits_error,
+    next_logits,
     row_generator,
     truncate_logits,
     window_length,
@@ -334,14 +334,14 @@ class Batch:
         logits = used.kv.new_zeros(B, len(self.model.head.weight))
         if len(fresh) < B:
             newest = torch.tensor([row.ids[-1:] for row in self.rows], device=device)  # (B, 1)
-            logits = extend(self.model, newest, used)
+            logits = next_logits(self.model, newest, used)
         if fresh:
             context = self.model.cfg.seq_len
             texts = [self.rows[i].ids for i in fresh]
             windows = [ids[-window_length(len(ids), context) :] for ids in texts]
             counts = torch.tensor([len(window) for window in windows], device=device)
             cache = KVCache.empty(self.model, len(fresh), int(counts.max()))
-            logits[fresh] = extend(self.model, pad_rows(windows).to(device), cache, counts)
+            logits[fresh] = next_logits(self.model, pad_rows(windows).to(device), cache, counts)
             used.copy_rows(fresh, cache)
         return logits
 
@@ -519,7 +519,7 @@ def beam_search(
     check_beams(model.cfg, prompt, beams, max_new_tokens)
     device = next(model.parameters()).device
     cache = KVCache.empty(model, 1, len(prompt) + max_new_tokens)
-    logits = extend(model, torch.tensor([prompt], device=device), cache)  # (1, V)
+    logits = next_logits(model, torch.tensor([prompt], device=device), cache)  # (1, V)
     check_logits(logits)
     texts: list[list[int]] = [[]]
     scores = logits.new_zeros(1)
@@ -539,7 +539,7 @@ def beam_search(
         if length == max_new_tokens or not kept or enough:
             break
         cache = cache.reorder([e.parent for e in kept])  # each goes on from its parent's keys
-        logits = extend(model, torch.tensor([[e.token] for e in kept], device=device), cache)
+        logits = next_logits(model, torch.tensor([[e.token] for e in kept], device=device), cache)
         check_logits(logits)
     if len(finished) < beams or length == max_new_tokens:
         finished += [(score / norm, text) for score, text in zip(scores.tolist(), texts)]

@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['GREEDY_BELOW', 'keep_top_k', 'keep_mass', 'keep_top_p', 'keep_min_p', 'keep_typical', 'penalise_repetition',
            'penalise_frequency', 'bias_tokens', 'SampleConfig', 'apply_penalties', 'truncate_logits',
-           'next_distribution', 'KVCache', 'KVLayer', 'evaluating', 'extend', 'window_length', 'row_generator',
-           'draw_token', 'check_prompt', 'finite_rows', 'logits_error', 'check_logits', 'count_tokens', 'generate',
-           'encode_prompt']
+           'next_distribution', 'KVCache', 'KVLayer', 'next_logits', 'window_length', 'row_generator', 'draw_token',
+           'check_prompt', 'finite_rows', 'logits_error', 'check_logits', 'count_tokens', 'generate', 'encode_prompt']
 
 # %% ../nbs/06_generate.ipynb #e427af26
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +18,7 @@ from tokenizers import Tokenizer
 
 from .embeddings import check_ids
 from .files import InputError
-from .model import ModelConfig, Transformer
+from .model import ModelConfig, Transformer, eval_mode
 
 # %% ../nbs/06_generate.ipynb #edff2d64
 def keep_top_k(
@@ -252,7 +250,7 @@ class KVCache:
     def capacity(self) -> int:
         return self.kv.shape[4]
 
-    def extend(self, T: int) -> torch.Tensor:  # (B, T)
+    def reserve(self, T: int) -> torch.Tensor:  # (B, T)
         "Make room for the next T tokens of each row; gives their positions."
         positions = self.lengths[:, None] + torch.arange(T, device=self.kv.device)
         S = int(positions.max()) + 1
@@ -330,28 +328,15 @@ class KVLayer:
         return keys[:, :, :S], values[:, :, :S], cache.mask
 
 # %% ../nbs/06_generate.ipynb #a5ff8d9b
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    "Switch dropout off while the block runs."
-    if not model.training:
-        yield
-        return
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
-
-
 @torch.no_grad()
-def extend(
+def next_logits(
     model: Transformer,  # in any mode: dropout is off here
     ids: torch.Tensor,  # (B, T) the next tokens of each row; a shorter row is padded at its end
     cache: KVCache,  # gets longer, in place
     counts: torch.Tensor | None = None,  # (B,) tokens in each row without padding; default: T
 ) -> torch.Tensor:  # (B, V) logits after the last token of each row
     "Read the next tokens, and predict what follows them."
-    with evaluating(model):
+    with eval_mode(model):
         h = model.hidden(ids, cache)  # (B, T, C)
     last = h[:, -1]  # (B, C)
     if counts is not None:
@@ -473,7 +458,7 @@ def generate(
         if n > context and window_length(n - 1, context) == context:  # the window was full
             cache.reset(list(range(B)))
             new = ids[:, -window_length(n, context) :]
-        logits = extend(model, new, cache).float()  # (B, V)
+        logits = next_logits(model, new, cache).float()  # (B, V)
         check_logits(logits)
         counts = count_tokens(ids[:, T:], logits.shape[1]) if counted else None
         probabilities = next_distribution(logits, ids, cfg, counts)

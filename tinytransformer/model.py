@@ -94,7 +94,7 @@ def init_weights(module: nn.Module) -> None:
 class Cache(Protocol):
     "What the model needs of a key-value cache; chapter 06 has one."
 
-    def extend(self, T: int) -> torch.Tensor:
+    def reserve(self, T: int) -> torch.Tensor:
         "Make room for the next T tokens of each row; gives their positions (B, T)."
 
     def layer(self, i: int) -> LayerCache:
@@ -163,7 +163,7 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:  # (B, T, C)
         "The forward pass up to the last norm, before the head."
         if cache is not None:
-            after = cache.extend(x.shape[1])
+            after = cache.reserve(x.shape[1])
             positions = after if positions is None else positions
         h = self.embeddings(x, positions)
         for i, block in enumerate(self.blocks):
@@ -197,12 +197,14 @@ def next_token_loss(
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     "Evaluation mode, in which nothing is dropped, while the block runs."
-    was_training = model.training
+    if not model.training:
+        yield
+        return
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        model.train()
 
 # %% ../nbs/04_model.ipynb #8e8e0650
 def count_parameters(model: nn.Module) -> int:
