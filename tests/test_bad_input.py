@@ -50,8 +50,8 @@ TRAIN = ["train", "--config", "tiny", *SMALL]
         ("prepare --config wikitext2 --data.dataset tinywiki", "tinywiki has no subsets"),
         ("prepare --config tiny --data.data_dir=", "data_dir is ''"),
         ("train --config tiny --sample.top_p 0", "top_p is 0"),
-        ("evaluate nowhere", "nowhere is no run folder"),
-        ("generate nowhere hello", "nowhere is no run folder"),
+        ("evaluate nowhere", "nowhere is not a run folder"),
+        ("generate nowhere hello", "nowhere is not a run folder"),
         ("evaluate runs/small --split tset", "--split: invalid choice: 'tset'"),
         ("generate runs/small", "arguments are required: PROMPT"),
         ("generate runs/small hello --temperature -1", "temperature is -1"),
@@ -76,7 +76,7 @@ def test_refused(here, args, said):
         ("model: [1", "mine.yaml cannot be read as YAML: "),
         ("model:\n  num_layer: 3\n", "does not accept option 'model.num_layer'"),
         ("modle:\n  num_layers: 3\n", "does not accept option 'modle.num_layers'"),
-        ("just words", "mine.yaml is no configuration: give sections such as `model:`"),
+        ("just words", "mine.yaml is not a configuration: give sections such as `model:`"),
     ],
 )
 def test_config_file_refused(tmp_path, text, said):
@@ -269,7 +269,7 @@ WEIGHTS, RECORD = "runs/small/best/model.safetensors", "runs/small/best/checkpoi
             "truncated",
             "runs/small/config.yaml: data.dataset is 'tin': give tinywiki",
         ),
-        ("config.yaml", "missing", "runs/small is no run folder: there is no config.yaml in it"),
+        ("config.yaml", "missing", "runs/small is not a run folder: there is no config.yaml in it"),
         ("tokenizer.json", "truncated", TOKENIZER),
         ("tokenizer.json", "missing", TOKENIZER),
         (

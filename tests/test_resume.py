@@ -245,9 +245,7 @@ def test_two_processes_killed(start_two, runs_of_two, held, kill):
         if rank in killed:
             continue
         written = rank.communicate()[1]
-        assert rank.returncode != 0 and "another process of this training has ended" in written, (
-            written
-        )
+        assert rank.returncode != 0 and "could not talk to each other" in written, written
         assert f"tinytransformer train --resume {run}" in written
     finish(*start_two(runs_of_two, "train", "--resume", str(run)))
     assert outcome(run) == outcome(runs_of_two / "runs/whole")
@@ -267,7 +265,7 @@ def test_torchrun_loses_a_process(runs_of_two, held):
     os.kill(psutil.Process(process.pid).children()[1].pid, signal.SIGKILL)
     held.unlink()
     written = process.communicate(timeout=300)[1]
-    assert process.returncode != 0 and "another process of this training has ended" in written
+    assert process.returncode != 0 and "could not talk to each other" in written
     assert f"tinytransformer train --resume {run}" in written
     launcher = [*TORCHRUN, "--no-python", COMMAND]
     finish(start_installed(runs_of_two, "train", "--resume", str(run), launcher=launcher))

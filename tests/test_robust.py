@@ -220,10 +220,13 @@ def test_interrupted_early(tmp_path, command, seconds):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("config: {}", "config is no section of a training: give data, model, train, sample"),
-        ("folder: {}", "folder is no section of a training"),
-        ("resume: {seed: 1}", "resume is no section of a training"),
-        ("serve: {}", "serve is no section of a training"),
+        (
+            "config: {}",
+            "config is not a section of the configuration: give data, model, train, sample",
+        ),
+        ("folder: {}", "folder is not a section of the configuration"),
+        ("resume: {seed: 1}", "resume is not a section of the configuration"),
+        ("serve: {}", "serve is not a section of the configuration"),
         ("train:\n  seed: 1\n  max_steps: 2\n  seed: 3", "line 4: seed stands there twice"),
         ("train: {}\nmodel: {}\ntrain: {}", "line 3: train stands there twice"),
         ("train: {max_steps: 010}", "line 1: 010 would be read as an octal number"),

@@ -43,7 +43,8 @@ def fused_attention(
     mask: torch.Tensor | None = None,  # (..., T, S), True where a query sees a key; default: causal
     dropout: float = 0.0,  # share of weights to zero
 ) -> torch.Tensor:  # (B, H, T, D)
-    "`attention_weights(q, k, mask) @ v` by PyTorch's fused kernel, which keeps no table."
+    "`attention_weights(q, k, mask) @ v` by PyTorch's fused kernel, which never holds all the"
+    " weights."
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
     )
@@ -96,7 +97,7 @@ class MultiHeadAttention(nn.Module):
         x: torch.Tensor,  # (B, T, C)
         positions: torch.Tensor | None = None,  # not used here, but by rotary attention
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (B, H, T, C/H) each
-        "What every head asks, can be found by, and hands over."
+        "Project `x` to queries, keys and values, and split them into heads."
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return self.split_heads(q), self.split_heads(k), self.split_heads(v)
 

@@ -102,7 +102,7 @@ class Block(nn.Module):
         x: torch.Tensor,  # (B, T, C)
         cache: LayerCache | None = None,  # keys and values of the tokens before
         positions: torch.Tensor | None = None,  # (T,) or (B, T); default: 0 to T - 1
-        return_weights: bool = False,  # also give the attention weights (B, H, T, T)
+        return_weights: bool = False,  # also give the attention weights (B, H, T, S)
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         attended = self.attention(self.norm1(x), cache, positions, return_weights)
         if return_weights:

@@ -146,7 +146,8 @@ def readable_config(name: str) -> str:  # the path of its YAML file
     for section in read_config(path):
         if section in ("config", "folder", "resume", "serve"):  # each means something to the parser
             raise InputError(
-                f"{path}: {section} is no section of a training: give {', '.join(SECTIONS)}"
+                f"{path}: {section} is not a section of the configuration: give"
+                f" {', '.join(SECTIONS)}"
             )
     return str(path)
 

@@ -105,7 +105,7 @@ def read_config(path: str | Path) -> dict[str, dict]:  # section -> field -> val
                 del sections[name]
     if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
         raise InputError(
-            f"{path} is no configuration: give sections such as `model:` with fields below"
+            f"{path} is not a configuration: give sections such as `model:` with fields below"
         )
     return upgrade_config(sections)
 
@@ -151,7 +151,7 @@ def make_config(
     types = {f.name: f.type for f in fields(cls)}  # type: ignore[arg-type]
     for name, value in values.items():
         if name not in types:
-            raise InputError(f"{section}.{name} is no setting: give one of {', '.join(types)}")
+            raise InputError(f"{section}.{name} is not a setting: give one of {', '.join(types)}")
         if not has_type(value, types[name]):
             raise InputError(f"{section}.{name} is {value!r}: give {describe_type(types[name])}")
     return cls(**values)

@@ -62,7 +62,7 @@ def sample_tokens(
     ids: torch.Tensor,  # (B, T) the text so far
     cfg: SampleConfig,
     generators: Sequence[torch.Generator],  # one for each row
-    counts: torch.Tensor | None = None,  # (B, V) how often each token was written; left out, never
+    counts: torch.Tensor | None = None,  # (B, V) how often each token was written; None: never
 ) -> torch.Tensor:  # (B,)
     "What `draw_token` draws from `next_distribution`, without work on tokens that cannot come."
     logits = apply_penalties(logits, ids, cfg, counts)
@@ -383,7 +383,7 @@ class Batch:
         logits: torch.Tensor,  # (B, V)
         finite: torch.Tensor,  # (B,) bool
     ) -> torch.Tensor:  # (B', V) of the rows that stay, in their new order
-        "Let the rows go whose logits are no finite numbers."
+        "Let the rows go whose logits are not finite."
         rows = list(self.rows)
         for row, is_finite in zip(rows, finite.tolist()):
             if not is_finite:

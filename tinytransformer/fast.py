@@ -147,7 +147,7 @@ def recomputed(
 
 
 def recompute_blocks(model: Transformer) -> None:
-    "While training, keep only what goes from block to block (Chen et al., 2016)."
+    "Activation checkpointing: keep only what goes from block to block (Chen et al., 2016)."
     model.call_block = recomputed
 
 # %% ../nbs/appendix/fast.ipynb #58d8bbc8
@@ -237,7 +237,7 @@ def cpu_attention(
 
 # %% ../nbs/appendix/fast.ipynb #a28bca4e
 def use_fast_kernels(model: nn.Module) -> None:
-    "Let a model's attention and dropout be computed as a CPU does them fastest; the same weights."
+    "Use the fast attention and dropout on a CPU; on other devices nothing changes."
     for module in list(model.modules()):
         if isinstance(module, MultiHeadAttention):
             module.attend = cpu_attention

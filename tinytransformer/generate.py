@@ -175,7 +175,7 @@ def apply_penalties(
     logits: torch.Tensor,  # (B, V) of the last position
     ids: torch.Tensor,  # (B, T) the text so far
     cfg: SampleConfig,
-    counts: torch.Tensor | None = None,  # (B, V) how often each token was written; left out, never
+    counts: torch.Tensor | None = None,  # (B, V) how often each token was written; None: never
 ) -> torch.Tensor:  # (B, V)
     "Logits after bias and penalties."
     if cfg.logit_bias:
@@ -206,7 +206,7 @@ def next_distribution(
     logits: torch.Tensor,  # (B, V) of the last position
     ids: torch.Tensor,  # (B, T) the text so far
     cfg: SampleConfig,
-    counts: torch.Tensor | None = None,  # (B, V) how often each token was written; left out, never
+    counts: torch.Tensor | None = None,  # (B, V) how often each token was written; None: never
 ) -> torch.Tensor:  # (B, V) probabilities
     """The distribution the next token is drawn from: bias, penalties, temperature, top-k, top-p,
     min-p, typical, in this order.
@@ -409,7 +409,7 @@ def finite_rows(
 
 def logits_error() -> InputError:
     return InputError(
-        "the model's logits are no finite numbers: if its training diverged, train again with a"
+        "the model's logits are not finite: if its training diverged, train again with a"
         " smaller learning rate"
     )
 
@@ -477,7 +477,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     tokens. Raises `InputError` where half of a character stands in the prompt.
     """
     if any("\ud800" <= c <= "\udfff" for c in prompt):
-        raise InputError(f"the prompt {prompt!a} is no valid text: it holds half of a character")
+        raise InputError(f"the prompt {prompt!a} is not valid text: it holds half of a character")
     if not tokenizer.encode_special_tokens:
         tokenizer.encode_special_tokens = True
     return tokenizer.encode(prompt, add_special_tokens=False).ids

@@ -56,7 +56,9 @@ def hf_names(cfg: ModelConfig) -> dict[str, str]:  # our name -> the name in `GP
     return names if cfg.tie_weights else names | {"head.weight": "lm_head.weight"}
 
 
-def is_transposed(name: str) -> bool:  # one of our names
+def is_transposed(
+    name: str,  # one of ours
+) -> bool:
     "Whether GPT-2 keeps this matrix as (in, out), where ours is (out, in)."
     return name.endswith((".qkv.weight", ".proj.weight", ".ffn.0.weight", ".ffn.2.weight"))
 
@@ -189,7 +191,10 @@ def read_hf_weights(folder: Path) -> dict[str, torch.Tensor]:  # GPT-2's names -
         ) from error
 
 
-def transpose_if_needed(name: str, weight: torch.Tensor) -> torch.Tensor:  # our name
+def transpose_if_needed(
+    name: str,  # ours
+    weight: torch.Tensor,
+) -> torch.Tensor:
     "A tensor of ours as GPT-2 has it, or the other way round."
     return weight.transpose(0, -1) if is_transposed(name) else weight
 

@@ -36,8 +36,8 @@ class ModelConfig:
     attention_dropout: float | None = None  # of the attention weights
     embedding_dropout: float | None = None  # of what goes into the first block
     tie_weights: bool = False  # use the token embedding as the output projection too
-    # standard deviation of the first weights inside the blocks; the embeddings and the head begin
-    # with 0.02
+    # standard deviation of the initial weights in the blocks, and 1/sqrt(2 num_layers) of it where a
+    # block writes into the residual stream; the embeddings and the head start with 0.02
     init_std: float = 0.02
     # of the feed-forward networks; gelu as in GPT-2
     activation: Literal["relu", "gelu", "swiglu"] = "relu"
@@ -102,7 +102,7 @@ class Cache(Protocol):
 
 
 def call_block(block: nn.Module, *args: Any) -> Any:
-    "Run a block; the appendix on the fast path can let it forget its inner values."
+    "Run a block; `fast.recompute_blocks` puts activation checkpointing in its place."
     return block(*args)
 
 
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def start_weights(self) -> None:
-        "Draw the first weights; what writes into the residual stream begins smaller."
+        "Draw the initial weights; those that write into the residual stream are smaller."
         cfg = self.cfg
         self.apply(init_weights)
         for block in cast(Iterable[Block], self.blocks):

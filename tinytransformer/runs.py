@@ -253,9 +253,10 @@ def explain_training_errors(run: Path) -> Iterator[None]:
             ) from error
         if processes().num_processes == 1 or not re.search("gloo|NCCL|[Cc]onnection", str(error)):
             raise
+        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            "another process of this training has ended, and this one cannot go on without it: see"
-            f" its message, then go on by {again}"
+            f"the processes of this training could not talk to each other ({reason}): see whether"
+            f" another one has said why it ended, then go on by {again}"
         ) from error
 
 # %% ../nbs/appendix/runs.ipynb #82f29ad4
@@ -394,7 +395,7 @@ def train_run(
     trackers = Trackers(train.track, run, job.config)
     on_main(lambda: check_run_folder(run, job.config, resume))
     set_seed(train.seed)
-    net = build_model(job)  # before anything is written, should the memory not suffice
+    net = build_model(job)  # first, so that running out of memory leaves nothing behind
     weights = None
     if train.init_from and not resume:
         weights = weights_from_gpt2(train.init_from, job.model.seq_len)
@@ -645,7 +646,7 @@ TRAINED = {folder.name: folder for folder in sorted(TRAINED_FOLDER.glob("*"))}
 def read_run_config(folder: Path) -> tuple[dict[str, dict], ModelConfig]:
     "The configuration of a run, and the shape of its model. Raises `InputError` if it has none."
     if not (folder / "config.yaml").is_file():
-        raise InputError(f"{folder} is no run folder: there is no config.yaml in it")
+        raise InputError(f"{folder} is not a run folder: there is no config.yaml in it")
     config = read_config(folder / "config.yaml")
     made: dict[str, Any] = {}
     try:

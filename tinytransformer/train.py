@@ -188,7 +188,7 @@ def learning_rate(
 
 # %% ../nbs/05_train.ipynb #71bd905b
 class LossFunction(Protocol):
-    "The mean loss of `model` at the targets `y`, in nats per token; where `y` is -100, none."
+    "The mean loss of `model` at the targets `y`, in nats per token; targets of -100 are ignored."
 
     def __call__(self, model: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor: ...
 

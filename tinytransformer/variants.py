@@ -109,7 +109,10 @@ def swiglu_dim(embed_dim: int) -> int:
 class SwiGLU(nn.Module):
     "silu(gate) × up, and back down, the same at every position (Shazeer, 2020, eq. 6)."
 
-    def __init__(self, embed_dim: int):  # C
+    def __init__(
+        self,
+        embed_dim: int,  # C
+    ):
         super().__init__()
         self.gate_up = nn.Linear(embed_dim, 2 * swiglu_dim(embed_dim))  # both in one product
         self.down = nn.Linear(swiglu_dim(embed_dim), embed_dim)
@@ -130,7 +133,10 @@ FEED_FORWARDS["swiglu"] = SwiGLU
 class RMSNorm(nn.RMSNorm):
     "x / sqrt(mean(x²) + 1e-5) times a learned gain (Zhang and Sennrich, 2019, eq. 4)."
 
-    def __init__(self, embed_dim: int):  # C
+    def __init__(
+        self,
+        embed_dim: int,  # C
+    ):
         super().__init__(embed_dim, eps=1e-5)
 
 

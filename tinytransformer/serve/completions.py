@@ -132,7 +132,9 @@ def check_tokens(ids: list[int], body: CompletionRequest, model: ModelConfig) ->
             "context_length_exceeded",
         )
     if max(ids) >= V:
-        raise APIError(400, f"prompt: {max(ids)} is no token: give ids from 0 to {V - 1}", "prompt")
+        raise APIError(
+            400, f"prompt: {max(ids)} is not a token: give ids from 0 to {V - 1}", "prompt"
+        )
     if any(int(i) >= V for i in body.logit_bias or {}):
         raise APIError(
             400,

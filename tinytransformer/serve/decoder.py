@@ -70,7 +70,7 @@ def prompt_logprobs(
     top: int,
 ) -> tuple[list[float | None], list[dict[int, float] | None]]:  # T each
     """Log-probability of each token of a text, and of the likeliest ones at its position. Raises
-    `InputError` where the model's logits are no finite numbers.
+    `InputError` where the model's logits are not finite.
     """
     x = torch.tensor([ids], device=next(model.parameters()).device)
     logits = model(x)[0, :-1]  # (T - 1, V)
