@@ -91,6 +91,8 @@ def run_command() -> None:
         limit_file_size(faults["file_size"])
     if faults.get("stand_in"):
         stand_in()
+    # tests started by nohup ignore it, and so would what they start
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     from tinytransformer.__main__ import begin
 
     if "kill_at_write" in faults:

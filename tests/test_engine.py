@@ -503,7 +503,7 @@ def test_one_row_that_is_no_number(bad):
         prompts[i] = [1, 9, 2]
     batch = Batch(Poisoned(), 16)
     rows = [batch.add(prompt, FRUIT) for prompt in prompts]
-    with pytest.raises(InputError, match="no finite numbers"):
+    with pytest.raises(InputError, match="not finite"):
         list(batch.run())
     for i, row in enumerate(rows):
         if i in bad:
@@ -514,7 +514,7 @@ def test_one_row_that_is_no_number(bad):
     assert finish(batch) == [continued([1, i % 8, 2], 6) for i in range(16)]
     assert not any(row.error for row in again)
     batch.add([1, 9, 2], FRUIT)
-    with pytest.raises(InputError, match="no finite numbers"):
+    with pytest.raises(InputError, match="not finite"):
         batch.step()  # no row is left
     assert batch.rows == []
 

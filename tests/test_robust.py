@@ -138,6 +138,8 @@ def own(workspace, tmp_path, monkeypatch) -> Path:
     "A copy of the small run and its data, as the current folder."
     shutil.copytree(workspace / "data", tmp_path / "data")
     shutil.copytree(workspace / "runs/small", tmp_path / "runs/small")
+    # another test may have evaluated the run that they share
+    (tmp_path / "runs/small/evaluation.json").unlink(missing_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -36,8 +36,8 @@ class ModelConfig:
     attention_dropout: float | None = None  # of the attention weights
     embedding_dropout: float | None = None  # of what goes into the first block
     tie_weights: bool = False  # use the token embedding as the output projection too
-    # standard deviation of the initial weights in the blocks, and 1/sqrt(2 num_layers) of it where a
-    # block writes into the residual stream; the embeddings and the head start with 0.02
+    # standard deviation of the initial weights in the blocks, and 1/sqrt(2 num_layers) of it where
+    # a block writes into the residual stream; the embeddings and the head start with 0.02
     init_std: float = 0.02
     # of the feed-forward networks; gelu as in GPT-2
     activation: Literal["relu", "gelu", "swiglu"] = "relu"
