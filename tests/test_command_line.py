@@ -284,7 +284,7 @@ def test_descriptions_stand_once(capsys):
 @pytest.mark.parametrize(
     "change",
     [
-        "--train.compile true",
+        pytest.param("--train.compile true", marks=pytest.mark.slow),
         "--train.label_smoothing 0.1",
         "--train.schedule wsd --train.micro_batches 2",
     ],

@@ -29,6 +29,7 @@ def test_it_opens_at_the_start(launch, book, tmp_path):
     page.locator(".jp-Notebook h1", has_text="tinytransformer").wait_for(timeout=60_000)
 
 
+@pytest.mark.slow
 def test_run_all(launch, book, tmp_path):
     """Run > Run All Cells in 02: every cell has run, none has failed, and the attention map is
     drawn.

@@ -251,6 +251,7 @@ def test_two_processes_killed(start_two, runs_of_two, held, kill):
     assert outcome(run) == outcome(runs_of_two / "runs/whole")
 
 
+@pytest.mark.slow
 def test_torchrun_loses_a_process(runs_of_two, held):
     """torchrun itself: one of its ranks is killed, the other says so, and torchrun goes on with the
     run.
@@ -272,6 +273,7 @@ def test_torchrun_loses_a_process(runs_of_two, held):
     assert outcome(run) == outcome(runs_of_two / "runs/whole")
 
 
+@pytest.mark.slow
 def test_every_switch(commands, start, start_two, runs, held):
     """A run with Muon, rotary positions, SwiGLU and RMSNorm is killed, goes on, and equals one that
     was not; two processes come to the same losses as one; it writes text, and GPT-2's form is
@@ -318,6 +320,7 @@ def test_two_processes_equal_one(start, start_two, runs):
     assert two[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_sharded(start, runs, held):
     """FSDP2 through accelerate's own options: the weights spread over two processes, tied matrix
     included; the same losses, and a checkpoint that one process can go on from.

@@ -82,6 +82,7 @@ def local(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").open()]
 
 
+@pytest.mark.slow
 def test_mlflow(server, train, tmp_path, monkeypatch):
     """Config, every step's metrics, curve, samples and the best model; a run that goes on stays one
     run.
