@@ -126,6 +126,23 @@ def test_lines_are_short():
     ] == []
 
 
+def test_docstrings_are_whole():
+    "Two strings one after the other are two statements, and only the first is the docstring."
+    cut = [
+        f"{path.name}: {node.name}"
+        for path in (ROOT / "tinytransformer").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and any(
+            isinstance(statement, ast.Expr)
+            and isinstance(statement.value, ast.Constant)
+            and isinstance(statement.value.value, str)
+            for statement in node.body[1:]
+        )
+    ]
+    assert cut == []
+
+
 def test_functions_fit_on_a_screen():
     "No function of the package is longer than 60 lines."
     lengths = {

@@ -43,8 +43,9 @@ def fused_attention(
     mask: torch.Tensor | None = None,  # (..., T, S), True where a query sees a key; default: causal
     dropout: float = 0.0,  # share of weights to zero
 ) -> torch.Tensor:  # (B, H, T, D)
-    "`attention_weights(q, k, mask) @ v` by PyTorch's fused kernel, which never holds all the"
-    " weights."
+    """`attention_weights(q, k, mask) @ v` by PyTorch's fused kernel, which never holds all the
+    weights.
+    """
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
     )

@@ -210,7 +210,7 @@ def check_unchanged(
                 )
 
 # %% ../nbs/appendix/checkpoint.ipynb #705094b4
-# in a run that begins from a GPT-2: its weights, so that the run never needs them from elsewhere
+# in a run that begins from a GPT-2: its weights, so that resuming needs nothing from outside
 START = "start.safetensors"
 
 
@@ -226,8 +226,8 @@ def read_start(run: Path) -> dict[str, torch.Tensor]:
 
 
 def same_text(
-    one: dict,
-    two: dict,  # what two checkpoints, or a checkpoint and a corpus, say of their text
+    one: dict,  # what a checkpoint says of its text
+    two: dict,  # the same of another checkpoint, or of a corpus
 ) -> bool:
     "Whether both have the same tokens: prepared from the same files, or equal one by one."
     same_tokens = one.get("tokens") is not None and one["tokens"] == two.get("tokens")
@@ -270,8 +270,7 @@ class Checkpoints:
 
     def find(self, model: Transformer) -> None:
         """Read what `load` will use. Raises `InputError` if training cannot go on from there;
-        nothing
-        is written or changed.
+        nothing is written or changed.
         """
         self.found = self.newest()
         if self.found is None:

@@ -891,7 +891,7 @@ def explain_errors(show_traceback: bool) -> Iterator[None]:
         yield
     except OtherRankFailed:
         sys.exit(1)  # process 0 reports it
-    # whoever read the output has closed it, as in `... | head`
+    # the reader of the output has closed it, as in `... | head`
     except BrokenPipeError:
         # otherwise Python complains when it flushes stdout at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

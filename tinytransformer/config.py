@@ -145,8 +145,7 @@ def make_config(
     values: dict,  # field -> value
 ) -> Config:
     """A configuration from one section of a YAML file. Raises `InputError` for a name or a type
-    that
-    does not fit.
+    that does not fit.
     """
     types = {f.name: f.type for f in fields(cls)}  # type: ignore[arg-type]
     for name, value in values.items():

@@ -42,7 +42,7 @@ def has_bf16(device: torch.device) -> bool:
 
 # %% ../nbs/appendix/devices.ipynb #075aed92
 def on_cpu() -> bool:
-    "Whether to train on the CPU: where there is nothing better, or `accelerate` was told to."
+    "Whether to train on the CPU: where there is nothing better, or `accelerate` was asked to."
     return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
@@ -209,7 +209,7 @@ def limit_threads() -> None:
 def thread_count() -> dict[str, Any]:
     "How many threads PyTorch uses, and why, for `environment.json`."
     threads, (limit, why) = torch.get_num_threads(), thread_limit()
-    return dict(threads=threads, threads_why=why if threads == limit else "PyTorch was told so")
+    return dict(threads=threads, threads_why=why if threads == limit else "set in PyTorch")
 
 # %% ../nbs/appendix/devices.ipynb #da03aaf3
 # Ctrl-C; what ends a program; a terminal that is closed; what schedulers send before they end one

@@ -21,8 +21,8 @@ from typing import TextIO
 
 # %% ../nbs/appendix/files.ipynb #b1928abc
 class InputError(ValueError):
-    """Something its user can put right, told in one line: what was wrong, what was found, what to
-    do.
+    """A mistake that the user can correct. Its message is one line that says what was wrong, what
+    was found, and what to do.
     """
 
 

@@ -67,8 +67,7 @@ def hf_folder(
     source: str | Path,  # a folder, or the Hub's owner/name
 ) -> Path:
     """The folder that holds a model of Hugging Face, fetched from the Hub if there is no such
-    folder
-    here; `InputError` if it is in neither place.
+    folder here; `InputError` if it is in neither place.
     """
     folder = os.path.expanduser(source)
     if os.path.isdir(folder):

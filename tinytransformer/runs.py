@@ -576,8 +576,9 @@ def read_gpt2(
     source: str,  # a folder, or the Hub's owner/name
     seq_len: int,  # context to use
 ) -> tuple[ModelConfig, str]:  # its shape, and where its tokenizer is
-    "What a GPT-2 brings. Raises `InputError` without a tokenizer, or for a context too long for"
-    " it."
+    """What a GPT-2 brings. Raises `InputError` without a tokenizer, or for a context too long for
+    it.
+    """
     from tinytransformer.hf import hf_folder, hf_shape  # hf imports this module
 
     folder = hf_folder(source)

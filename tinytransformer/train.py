@@ -6,8 +6,7 @@
 __all__ = ['MakeOptimizer', 'OPTIMIZERS', 'TrainConfig', 'make_adamw', 'make_optimizer', 'batches', 'learning_rate',
            'LossFunction', 'plain_loss', 'windows', 'window_batch', 'evaluate', 'perplexities', 'Text', 'fact_recall',
            'find_non_finite', 'Objective', 'compute_gradients', 'Progress', 'Stopped', 'Diverged', 'CheckpointStore',
-           'set_learning_rate', 'set_up', 'train_step', 'validation_loss', 'fit', 'lr_range_test', 'plot_lr_range',
-           'plot_metrics']
+           'set_learning_rate', 'set_up', 'train_step', 'validation_loss', 'fit', 'lr_range_test', 'plot_metrics']
 
 # %% ../nbs/05_train.ipynb #5bcde0d9
 import copy
@@ -347,8 +346,8 @@ def find_non_finite(
 
 # %% ../nbs/05_train.ipynb #dacf9d0c
 class Objective(nn.Module):
-    """A model with its loss, as one module: whoever wraps it, to average gradients over processes
-    or to spread weights over them, sees one forward pass for each backward pass.
+    """A model with its loss, as one module. DDP and FSDP, which average gradients over processes or
+    spread weights over them, so see one forward pass for each backward pass.
     """
 
     def __init__(
@@ -585,28 +584,6 @@ def lr_range_test(
         rows.append(dict(learning_rate=rate, loss=loss))
         optimizer.step()
     return rows
-
-
-def plot_lr_range(
-    rows: list[dict],  # of lr_range_test
-):  # a matplotlib figure
-    """Loss against the learning rate, with the rate at which it was lowest and the rate ten times
-    smaller, which is on the safe side.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
-    axes, best = figure.subplots(), min(rows, key=lambda row: row["loss"])["learning_rate"]
-    axes.semilogx([row["learning_rate"] for row in rows], [row["loss"] for row in rows])
-    axes.axvline(best, color="black", ls=":", label=f"lowest loss, at {best:.1g}")
-    axes.axvline(best / 10, color="tab:orange", ls="--", label=f"a tenth of it, {best / 10:.1g}")
-    axes.set(
-        xlabel="learning rate",
-        ylabel="loss (nats per token)",
-        title=f"range test: {len(rows)} steps, each with a larger rate",
-    )
-    axes.legend()
-    return figure
 
 # %% ../nbs/05_train.ipynb #8f05481e
 def plot_metrics(

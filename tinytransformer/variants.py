@@ -42,9 +42,9 @@ def rotate(
 
 # %% ../nbs/appendix/variants.ipynb #0aef981e
 class TokenEmbeddings(nn.Module):
-    "Token embedding alone, for attention that knows the positions: ids (B, T) -> vectors (B, T,"
-
-    " C)."
+    """Token embedding alone, for attention that knows the positions: ids (B, T) -> vectors (B, T,
+    C).
+    """
 
     position = None  # no table
 
@@ -100,8 +100,7 @@ ATTENTIONS["rotary"] = RotaryAttention
 # %% ../nbs/appendix/variants.ipynb #6324a399
 def swiglu_dim(embed_dim: int) -> int:
     """Two thirds of 4C, rounded to a multiple of 32: about as many parameters in three matrices as
-    in
-    the two of `FeedForward`.
+    in the two of `FeedForward`.
     """
     return 32 * max(1, round(embed_dim / 12))
 

@@ -214,7 +214,7 @@ class ErrorResponse(BaseModel):
 
 # %% ../../nbs/appendix/serve_schemas.ipynb #18c1f753
 class APIError(Exception):
-    "An error that becomes the answer: 4xx where the client can change something, 5xx elsewhere."
+    "An error that becomes the answer: 4xx where the client can change something, 5xx otherwise."
 
     def __init__(
         self,
