@@ -65,6 +65,7 @@ from tinytransformer.files import (
     write_whole,
 )
 from .generate import SampleConfig
+from .loop import Stopped
 from .model import ModelConfig, count_parameters
 from tinytransformer.runs import (
     MAX_EXCESS_LOSS,
@@ -77,7 +78,7 @@ from tinytransformer.runs import (
     settings_from_gpt2,
     train_run,
 )
-from .train import Stopped, TrainConfig, evaluate, perplexities
+from .train import TrainConfig, evaluate, perplexities
 from .variants import parameter_formula
 
 # %% ../nbs/appendix/command_line.ipynb #80320584
