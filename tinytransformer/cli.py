@@ -66,6 +66,7 @@ from tinytransformer.files import (
 )
 from .generate import SampleConfig
 from .hf import export, settings_from_gpt2
+from .loop import Stopped
 from .model import ModelConfig, count_parameters
 from tinytransformer.runs import (
     MAX_EXCESS_LOSS,
@@ -77,7 +78,7 @@ from tinytransformer.runs import (
     run_data,
     train_run,
 )
-from .train import Stopped, TrainConfig, evaluate, perplexities
+from .train import TrainConfig, evaluate, perplexities
 from .variants import parameter_formula
 
 # %% ../nbs/appendix/command_line.ipynb #80320584

@@ -71,6 +71,7 @@ from tinytransformer.devices import (
     processes,
     thread_count,
 )
+from .diagnostics import fact_recall, plot_metrics
 from .fast import fast_loss, recompute_blocks, use_fast_kernels
 from tinytransformer.files import (
     InputError,
@@ -82,18 +83,10 @@ from tinytransformer.files import (
     write_whole,
 )
 from .hf import settings_from_gpt2, weights_from_gpt2
+from .loop import Diverged, fit
 from .model import ModelConfig, Transformer
 from .trackers import ByProducts, RunLog, Trackers, progress_bar
-from tinytransformer.train import (
-    Diverged,
-    TrainConfig,
-    batches,
-    evaluate,
-    fact_recall,
-    fit,
-    perplexities,
-    plot_metrics,
-)
+from .train import TrainConfig, batches, evaluate, perplexities
 
 # %% ../nbs/appendix/runs.ipynb #f23078dc
 def installed_version(package: str) -> str | None:
