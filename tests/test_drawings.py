@@ -257,7 +257,7 @@ def test_shapes_of_the_cache_are_those_of_a_cache():
         return plain(q, k, *rest)
 
     attention.attend = attend
-    cache = KVCache.empty(model, 1, 7)
+    cache = KVCache(model, 1, 7)
     with torch.no_grad():
         for tokens in ([[1, 2, 3]], [[4]], [[5]]):
             model(torch.tensor(tokens), cache)
