@@ -311,7 +311,7 @@ def cached_against_uncached(bench: Bench) -> None:
                 model = model.bfloat16()
             x = random_tokens(bench, model, batch_size=3)[:, :-1].to(bench.device)
             T = x.shape[1]
-            cache = KVCache.empty(model, len(x), T)
+            cache = KVCache(model, len(x), T)
             read = [next_logits(model, x[:, : T // 2], cache)]
             for t in range(T // 2, min(T, T // 2 + 16)):
                 read.append(next_logits(model, x[:, t : t + 1], cache))
