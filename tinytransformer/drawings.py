@@ -7,10 +7,10 @@ __all__ = ['Role', 'COLOURS', 'Kind', 'WIDTH', 'MAX_WIDTH', 'SIZE', 'SMALL', 'SM
            'CLASS', 'RULES', 'WIDTHS', 'Point', 'Content', 'Anchor', 'TOKENS', 'IDS', 'PARTS', 'style', 'text_width',
            'shorten', 'Box', 'line_through', 'numbers', 'toward', 'Sheet', 'quoted', 'show_shape', 'Drawing', 'shades',
            'draw_data', 'block_columns', 'draw_cuts', 'cuts', 'visible', 'as_text', 'draw_embeddings', 'draw_sum',
-           'pattern', 'draw_table', 'draw_head', 'as_lists', 'head_shapes', 'name_of', 'head_weights', 'head_numbers',
-           'Columns', 'draw_query', 'attend_to', 'draw_weight', 'cell_width', 'show_number', 'draw_heads', 'by_head',
-           'draw_one_head', 'draw_block', 'chain', 'draw_model', 'draw_ends', 'draw_blocks', 'model_sizes', 'formulas',
-           'count_parts', 'draw_step', 'draw_cache', 'draw_cache_step']
+           'picked_rows', 'pattern', 'draw_table', 'draw_head', 'as_lists', 'head_shapes', 'name_of', 'head_weights',
+           'head_numbers', 'Columns', 'draw_query', 'attend_to', 'draw_weight', 'cell_width', 'show_number',
+           'draw_heads', 'by_head', 'draw_one_head', 'draw_block', 'chain', 'draw_model', 'draw_ends', 'draw_blocks',
+           'model_sizes', 'formulas', 'count_parts', 'draw_step', 'draw_cache', 'draw_cache_step']
 
 # %% ../nbs/appendix/drawings.ipynb #49c37d48
 import base64
@@ -445,11 +445,16 @@ def draw_embeddings(
     d.lines(280, 17, "positions", "`" + d.shape("positions", "T"))
     words = d.grid(88 - 22 * T, 38, [[visible(t) for t in tokens], list(map(str, ids))], 44, 24)
     places = d.grid(280 - 15 * T, 50, [list(map(str, range(T)))], 30, 24, "position")
-    rows = [row for i in sorted(set(ids)) for row in (i, None)]
-    first = draw_table(d, 88, 154, rows, ["token table", d.shape("token table", "V", "C")], "plain")
-    rows = [*range(T), None]
+    first = draw_table(
+        d, 88, 154, picked_rows(ids), ["token table", d.shape("token table", "V", "C")], "plain"
+    )
     second = draw_table(
-        d, 280, 154, rows, ["position table", d.shape("position table", "T", "C")], "position"
+        d,
+        280,
+        154,
+        picked_rows(range(T)),
+        ["position table", d.shape("position table", "T", "C")],
+        "position",
     )
     d.arrow(words.bottom(), first.top(), label=["look up"])
     d.arrow(places.bottom(), second.top(), label=["look up"], role="position")
@@ -479,6 +484,14 @@ def draw_sum(d: Drawing, picked: Box, placed: Box, ids: Sequence[int]) -> None:
     both = [[(a + b) / 2 for a, b in zip(pattern(i), pattern(t + 50))] for t, i in enumerate(ids)]
     x = d.grid(139, plus.bottom()[1] + 42, both, 18, 18)
     d.arrow(plus.bottom(), x.top(), label=["`x " + d.shape("x", "B", "T", "C")])
+
+
+def picked_rows(ids: Sequence[int]) -> list[int | None]:
+    "The rows in the order of the table, with None where rows are left out."
+    rows: list[int | None] = []
+    for i in sorted(set(ids)):
+        rows += [i] if i + 1 in ids else [i, None]
+    return rows
 
 
 def pattern(i: int) -> list[float]:
@@ -663,6 +676,8 @@ def attend_to(
 def draw_weight(d: Drawing, columns: Columns, y: float, weight: float) -> None:
     "A weight as a bar and as a number."
     right = columns.value - 8
+    if weight == 0:  # behind the mask
+        return d.text(right, y + 12, "`0", "end", "small")
     place = f'x="{numbers(right - 36 - columns.bar)}" y="{numbers(y + 5)}"'
     size = f'width="{numbers(max(1.0, columns.bar * weight))}" height="14"'
     d.add(f'<g class="weight"><rect class="tensor full" {place} {size}/></g>', y + 19)
@@ -732,7 +747,7 @@ def draw_one_head(d: Drawing, frame: Box, h: int, H: int, D: int) -> Box:
     d.text(middle, y + 15, f"head {h}")
     head = d.box(frame.x + 5, y + 90, frame.w - 10, 30, "attention", role="weight")
     shade = [[0.1 + 0.5 * h / max(1, H - 1)] * D for _ in range(4)]
-    gap = 9 * D + 10
+    gap = 12 * D
     for i, role in enumerate(PARTS):
         left = middle - 4.5 * D + (i - 1) * gap
         part = d.grid(left, y + 30, shade, 9, 9, role)
