@@ -445,17 +445,8 @@ def draw_embeddings(
     d.lines(280, 17, "positions", "`" + d.shape("positions", "T"))
     words = d.grid(88 - 22 * T, 38, [[visible(t) for t in tokens], list(map(str, ids))], 44, 24)
     places = d.grid(280 - 15 * T, 50, [list(map(str, range(T)))], 30, 24, "position")
-    first = draw_table(
-        d, 88, 154, picked_rows(ids), ["token table", d.shape("token table", "V", "C")], "plain"
-    )
-    second = draw_table(
-        d,
-        280,
-        154,
-        picked_rows(range(T)),
-        ["position table", d.shape("position table", "T", "C")],
-        "position",
-    )
+    first = draw_table(d, 88, picked_rows(ids), "token table", "V")
+    second = draw_table(d, 280, picked_rows(range(T)), "position table", "T", "position")
     d.arrow(words.bottom(), first.top(), label=["look up"])
     d.arrow(places.bottom(), second.top(), label=["look up"], role="position")
     y = max(first.bottom()[1], second.bottom()[1]) + 36
@@ -500,11 +491,16 @@ def pattern(i: int) -> list[float]:
 
 
 def draw_table(
-    d: Drawing, x: float, y: float, rows: Sequence[int | None], name: list[str], role: Role
+    d: Drawing,
+    x: float,  # the middle
+    rows: Sequence[int | None],  # None stands for rows that are left out
+    name: str,
+    size: str,  # how many rows there are
+    role: Role = "plain",
 ) -> Box:
-    "A table with five columns around x, its rows numbered; None stands for rows that are left out."
-    left, top = x - 45, y
-    d.lines(x, y - 20, name[0], "`" + name[1])
+    "A table with five columns and numbered rows."
+    left, top, y = x - 45, 118, 154
+    d.lines(x, y - 20, name, "`" + d.shape(name, size, "C"))
     for i in rows:
         if i is None:
             d.text(x, y + 8, "⋮", look="soft")
@@ -513,7 +509,7 @@ def draw_table(
         d.grid(left, y, [pattern(i + 50 * (role == "position"))], 18, 18, role)
         d.text(left - 6, y + 9, f"`{i}", "end", "small")
         y += 18
-    return Box(left, top - 36, 90, y - top + 36)
+    return Box(left, top, 90, y - top)
 
 # %% ../nbs/appendix/drawings.ipynb #7ad88279
 def draw_head(
