@@ -73,7 +73,11 @@ def on_device(value, func, tensors):
         return value
     if value.dtype in WIDE:
         raise TypeError(f"{func}: the device has no float64")
-    if isinstance(value, OnDevice) or func is not torch.Tensor.to and any(value is t for t in tensors):
+    if (
+        isinstance(value, OnDevice)
+        or func is not torch.Tensor.to
+        and any(value is t for t in tensors)
+    ):
         return value  # computed in place
     return value.as_subclass(OnDevice)
 
