@@ -24,8 +24,9 @@ from tinytransformer.attention_map import attention_map, decode, encode
 from tinytransformer.corpus import prepare
 from tinytransformer.data import Blocks, DataConfig
 from tinytransformer.explorer import look
+from tinytransformer.loop import fit
 from tinytransformer.model import ModelConfig, Transformer
-from tinytransformer.train import TrainConfig, fit
+from tinytransformer.train import TrainConfig
 
 HERE = Path(__file__).parent
 SWITCHES = (

@@ -51,8 +51,9 @@ def tinytransformer(task: dict) -> Callable[[], None]:
     from tinytransformer.engine import start_batch
     from tinytransformer.fast import fast_loss, use_fast_kernels
     from tinytransformer.generate import SampleConfig
+    from tinytransformer.loop import Objective, compute_gradients
     from tinytransformer.model import ModelConfig, Transformer
-    from tinytransformer.train import Objective, TrainConfig, compute_gradients, make_optimizer
+    from tinytransformer.train import TrainConfig, make_optimizer
 
     model = Transformer(
         ModelConfig(

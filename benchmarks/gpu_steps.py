@@ -40,9 +40,10 @@ from tinytransformer.fast import drop, fast_loss, head_loss
 from tinytransformer.files import InputError, read_json, read_rows
 from tinytransformer.generate import KVCache, SampleConfig, generate, next_logits
 from tinytransformer.hf import to_hf
+from tinytransformer.loop import Stopped, fit
 from tinytransformer.model import ModelConfig, Transformer, count_parameters, next_token_loss
 from tinytransformer.runs import load_run, near_floor, train_run
-from tinytransformer.train import Stopped, TrainConfig, evaluate, fit, perplexities
+from tinytransformer.train import TrainConfig, evaluate, perplexities
 from tinytransformer.variants import flops_per_token
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -310,7 +311,7 @@ def cached_against_uncached(bench: Bench) -> None:
                 model = model.bfloat16()
             x = random_tokens(bench, model, batch_size=3)[:, :-1].to(bench.device)
             T = x.shape[1]
-            cache = KVCache.empty(model, len(x), T)
+            cache = KVCache(model, len(x), T)
             read = [next_logits(model, x[:, : T // 2], cache)]
             for t in range(T // 2, min(T, T // 2 + 16)):
                 read.append(next_logits(model, x[:, t : t + 1], cache))

@@ -21,8 +21,9 @@ from tinytransformer.corpus import prepare
 from tinytransformer.data import DataConfig
 from tinytransformer.devices import make_accelerator
 from tinytransformer.fast import fast_loss
+from tinytransformer.loop import fit
 from tinytransformer.model import ModelConfig, Transformer, count_parameters
-from tinytransformer.train import TrainConfig, evaluate, fit
+from tinytransformer.train import TrainConfig, evaluate
 
 HERE = Path(__file__).parent
 WIDE, DEEP, STEPS = 64, 2, 1500

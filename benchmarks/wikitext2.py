@@ -37,9 +37,10 @@ from tinytransformer.engine import complete
 from tinytransformer.fast import fast_loss
 from tinytransformer.files import read_json, read_rows
 from tinytransformer.generate import SampleConfig
+from tinytransformer.loop import Stopped, fit
 from tinytransformer.model import ModelConfig, Transformer, count_parameters
 from tinytransformer.runs import load_run, train_run
-from tinytransformer.train import Stopped, TrainConfig, evaluate, fit, perplexities
+from tinytransformer.train import TrainConfig, evaluate, perplexities
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "wikitext2.json"

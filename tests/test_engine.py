@@ -37,7 +37,8 @@ class MockModel:
     cfg = SimpleNamespace(
         vocab_size=V, seq_len=CONTEXT, num_layers=1, num_heads=1, head_dim=1, embed_dim=1
     )
-    head = SimpleNamespace(weight=torch.eye(V))
+    head = torch.nn.Linear(V, V, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.eye(V))
 
     def __init__(self):
         self.shapes = []  # of all that was read
@@ -172,7 +173,8 @@ def test_logprobs_are_the_models_own(model):
 
 
 def test_broken_logits_are_refused(model):
-    model.head = SimpleNamespace(weight=torch.eye(V) * float("nan"))
+    model.head = torch.nn.Linear(V, V, bias=False).requires_grad_(False)
+    model.head.weight.fill_(float("nan"))
     with pytest.raises(InputError, match="training diverged"):
         start_batch(model, [[1]], FRUIT).step()
     with pytest.raises(InputError, match="training diverged"):

@@ -16,8 +16,8 @@ from benchmarks import gpu, gpu_steps
 from benchmarks.gpu_steps import Bench, Skipped, Step
 from tinytransformer.fast import HeadLoss, head_loss
 from tinytransformer.files import InputError
+from tinytransformer.loop import Stopped
 from tinytransformer.model import next_token_loss
-from tinytransformer.train import Stopped
 
 HIDDEN = ("datasets", "nbdev", "fastcore", "jsonargparse")
 HIDING = f"""

@@ -94,7 +94,7 @@ def test_twins(shape, tmp_path):
     for name, p in mine.named_parameters():
         there = theirs.get_parameter(names[name]).grad
         assert_close(p.grad, there.T if is_transposed(name) else there, rtol=1e-7, atol=1e-10)
-    room, past = KVCache.empty(mine, rows=2, capacity=x.shape[1]), None
+    room, past = KVCache(mine, rows=2, capacity=x.shape[1]), None
     with torch.no_grad():
         for start, end in ((0, 3), (3, 4), (4, x.shape[1])):  # a prompt, a token, the rest
             out = theirs(x[:, start:end], past_key_values=past, use_cache=True)

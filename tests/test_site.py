@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -49,6 +49,7 @@ def without_code(text: str) -> str:
     return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
 
 
+@cache
 def anchors(page: Path) -> set[str]:
     "Identifiers of the headings, as pandoc makes them."
     return set(
@@ -296,6 +297,53 @@ def test_quarto_knows_the_keys():
     )
     # each notebook can be downloaded from its page
     assert config["format"]["html"]["format-links"] == ["ipynb"] and "ipynb" in config["format"]
+
+
+def minutes_to_read(page: Path) -> float:
+    """What the front page's table goes by: 150 words and 15 lines of code a minute, and a minute
+    for a picture. Hidden cells and folded solutions are left out.
+    """
+    words = lines = figures = 0
+    for cell in cells(page):
+        text = source(cell)
+        if cell["cell_type"] == "markdown":
+            words += len(re.sub(r"\$\$.*?\$\$|\$[^$\n]*\$", "", text, flags=re.S).split())
+        elif "#| hide" not in text and "code-fold: true" not in text:
+            lines += sum(bool(re.match(r"\s*[^#\s]", line)) for line in text.splitlines())
+            figures += any("image/png" in o.get("data", {}) for o in cell["outputs"])
+    return words / 150 + lines / 15 + figures
+
+
+def test_front_page_says_how_long_a_chapter_takes():
+    "Every chapter is in its table, with minutes that are right to about a third."
+    rows = re.findall(
+        r"(?m)^\| \[\d\d [^]]+\]\((\d\d_\w+\.ipynb)\) \|.*\| (\d+) \|[^|]*\|$",
+        prose(ROOT / "nbs" / "index.ipynb"),
+    )
+    assert [name for name, _ in rows] == [name for name in NAMES if re.match(r"\d\d_", name)]
+    wrong = [
+        f"{name}: {minutes} minutes, and not {minutes_to_read(ROOT / 'nbs' / name):.0f}"
+        for name, minutes in rows
+        if not 0.7 < minutes_to_read(ROOT / "nbs" / name) / int(minutes) < 1.4
+    ]
+    assert wrong == []
+
+
+def test_glossary_points_to_where_a_word_is_used():
+    "Each word, or one of its other names, stands in the notebook that the glossary names."
+    page = ROOT / "nbs" / "appendix" / "glossary.ipynb"
+    rows = re.findall(r"(?m)^\| \*\*(.+?)\*\* \| (.*?) \| .* \| \[.*?\]\((.*?)\) \|$", prose(page))
+    assert len(rows) > 50 and len({ours for ours, _, _ in rows}) == len(rows)
+    texts = {where: " ".join(map(source, cells(page.parent / where))).lower() for *_, where in rows}
+    lost = [
+        (ours, where)
+        for ours, others, where in rows
+        if not any(
+            name.strip("` ").lower() in texts[where]
+            for name in [*ours.split(", ")[:1], *others.split(", ")]
+        )
+    ]
+    assert lost == []
 
 
 def html_name(name: str) -> str:

@@ -25,8 +25,9 @@ from .config import upgrade_config
 from .data import DataConfig
 from .devices import log_message, on_main, processes
 from .files import InputError, digest, to_json, whole_folder, write_whole
+from .loop import Progress
 from .model import ModelConfig, Transformer
-from .train import Progress, TrainConfig
+from .train import TrainConfig
 
 # %% ../nbs/appendix/checkpoint.ipynb #ab5ad4ff
 def current_accelerator() -> str | None:  # its type, such as cuda, mps or xpu

@@ -68,6 +68,8 @@ from tinytransformer.files import (
     write_whole,
 )
 from .generate import SampleConfig
+from .hf import export, settings_from_gpt2
+from .loop import Stopped
 from .model import ModelConfig, count_parameters
 from tinytransformer.runs import (
     MAX_EXCESS_LOSS,
@@ -78,10 +80,9 @@ from tinytransformer.runs import (
     near_floor,
     prepare_again,
     run_data,
-    settings_from_gpt2,
     train_run,
 )
-from .train import Stopped, TrainConfig, evaluate, perplexities
+from .train import TrainConfig, evaluate, perplexities
 from .variants import parameter_formula
 
 # %% ../nbs/appendix/command_line.ipynb #80320584
@@ -671,8 +672,6 @@ def sample_config(cfg: Namespace, run: Run) -> SampleConfig:
 def export_command(cfg: Namespace) -> None:
     "Write a run in the format of Hugging Face's transformers."
     from transformers.utils import logging
-
-    from tinytransformer.hf import export
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPARE', 'BYTES', 'STRATEGIES', 'candidates', 'sample_tokens', 'token_bytes', 'ByteDecoder', 'TokenDecoder',
-           'text_decoder', 'StreamDecoder', 'pad_rows', 'Row', 'GeneratedToken', 'Batch', 'start_batch', 'complete',
-           'stream', 'Extension', 'best_extensions', 'check_beams', 'beam_search', 'distinct', 'compare']
+           'text_decoder', 'StreamDecoder', 'RowCache', 'RowLayer', 'next_row_logits', 'pad_rows', 'Row',
+           'GeneratedToken', 'Batch', 'start_batch', 'complete', 'stream', 'Extension', 'best_extensions',
+           'check_beams', 'beam_search', 'distinct', 'compare']
 
 # %% ../nbs/appendix/engine.ipynb #90f205d8
 import codecs
@@ -23,7 +24,6 @@ from .explorer import byte_table
 from .files import InputError
 from tinytransformer.generate import (
     GREEDY_BELOW,
-    KVCache,
     SampleConfig,
     apply_penalties,
     check_logits,
@@ -31,14 +31,12 @@ from tinytransformer.generate import (
     count_tokens,
     draw_token,
     encode_prompt,
-    finite_rows,
     logits_error,
-    next_logits,
     row_generator,
     truncate_logits,
     window_length,
 )
-from .model import ModelConfig, Transformer
+from .model import ModelConfig, Transformer, eval_mode
 
 # %% ../nbs/appendix/engine.ipynb #d75b88b2
 SPARE = 50  # candidates beyond k: enough for any ties that bf16 logits make likely
@@ -232,6 +230,137 @@ class StreamDecoder:
         rest, self.held = self.held + self.decoder.end(), ""
         return self.until_stop(rest)
 
+# %% ../nbs/appendix/engine.ipynb #5ca6d44e
+class RowCache:
+    """The keys and values of all tokens so far, for every layer, with rows that have lengths of their
+    own and may come and go.
+    """
+
+    def __init__(
+        self,
+        kv: torch.Tensor,  # (num_layers, 2, B, H, capacity, D)
+        lengths: torch.Tensor,  # (B,) tokens in each row
+    ):
+        self.kv, self.lengths = kv, lengths
+        self.rows = torch.arange(len(lengths), device=kv.device)[:, None]  # (B, 1)
+
+    @classmethod
+    def empty(
+        cls,
+        model: Transformer,
+        rows: int,  # B
+        capacity: int,  # tokens that a row may come to
+    ) -> "RowCache":
+        "A cache with room for `rows` texts of up to `capacity` tokens."
+        cfg, like = model.cfg, next(model.parameters())
+        return cls(
+            like.new_zeros(cfg.num_layers, 2, rows, cfg.num_heads, capacity, cfg.head_dim),
+            torch.zeros(rows, dtype=torch.long, device=like.device),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return self.kv.shape[2]
+
+    @property
+    def capacity(self) -> int:
+        return self.kv.shape[4]
+
+    def reserve(self, T: int) -> torch.Tensor:  # (B, T)
+        "Make room for the next T tokens of each row; gives their positions."
+        positions = self.lengths[:, None] + torch.arange(T, device=self.kv.device)
+        S = int(positions.max()) + 1
+        if S > self.capacity:
+            raise InputError(
+                f"{S} tokens do not fit into a cache for {self.capacity}: make a larger one"
+            )
+        self.positions = positions
+        # (B, 1, T, S): a query sees the keys up to its own position
+        self.mask = (torch.arange(S, device=self.kv.device) <= positions[:, :, None])[:, None]
+        self.lengths += T
+        return positions
+
+    def layer(self, i: int) -> "RowLayer":
+        "What the attention of block i sees of the cache."
+        return RowLayer(self, i)
+
+    def trim(
+        self,
+        lengths: torch.Tensor,  # (B,) at most as many as there are
+    ) -> None:
+        "Forget what lies beyond the first tokens of each row, such as padding."
+        self.lengths.copy_(lengths)
+
+    def reset(self, rows: Sequence[int]) -> None:
+        "Forget all tokens of these rows."
+        self.lengths[list(rows)] = 0
+
+    def clear(self, rows: Sequence[int]) -> None:
+        """Forget these rows, and what was computed for them. A NaN that is left behind would spoil
+        the next text there: masked or not, 0 times NaN is NaN.
+        """
+        self.kv[:, :, list(rows)] = 0
+        self.reset(rows)
+
+    def first(self, rows: int) -> "RowCache":
+        "The first rows alone; what is written into them is written into this cache."
+        return RowCache(self.kv[:, :, :rows], self.lengths[:rows])
+
+    def reorder(self, rows: list[int]) -> "RowCache":
+        "A copy of these rows in this order; a row may come more than once."
+        return RowCache(self.kv[:, :, rows], self.lengths[rows])
+
+    def copy_rows(
+        self,
+        rows: list[int],  # of this cache, to overwrite
+        source: "RowCache",  # has as many rows, and not more capacity
+    ) -> None:
+        "Put the rows of another cache in place of these."
+        self.kv[:, :, rows, :, : source.capacity] = source.kv
+        self.lengths[rows] = source.lengths
+
+    def move_row(self, source: int, target: int) -> None:
+        "Overwrite one row by another."
+        self.kv[:, :, target] = self.kv[:, :, source]
+        self.lengths[target] = self.lengths[source]
+
+
+class RowLayer:
+    "One layer of a `RowCache`."
+
+    def __init__(self, cache: RowCache, i: int):
+        self.cache, self.i = cache, i
+
+    def append(
+        self,
+        k: torch.Tensor,  # (B, H, T, D) of the new tokens
+        v: torch.Tensor,  # (B, H, T, D)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (B, H, S, D) twice, and (B, 1, T, S)
+        "Keep new keys and values; gives all of them so far, and the mask of the new queries."
+        cache, (keys, values) = self.cache, self.cache.kv[self.i]  # (B, H, capacity, D) each
+        keys[cache.rows, :, cache.positions] = k.transpose(1, 2)
+        values[cache.rows, :, cache.positions] = v.transpose(1, 2)
+        S = cache.mask.shape[-1]
+        return keys[:, :, :S], values[:, :, :S], cache.mask
+
+# %% ../nbs/appendix/engine.ipynb #ee1b8cab
+@torch.no_grad()
+def next_row_logits(
+    model: Transformer,  # in any mode: dropout is off here
+    ids: torch.Tensor,  # (B, T) the next tokens of each row; a shorter row is padded at its end
+    cache: RowCache,  # gets longer, in place
+    counts: torch.Tensor | None = None,  # (B,) tokens in each row without padding; default: T
+) -> torch.Tensor:  # (B, V) logits after the last token of each row
+    "Read the next tokens, and predict what follows them."
+    with eval_mode(model):
+        h = model.hidden(ids, cache)  # (B, T, C)
+    last = h[:, -1]  # (B, C)
+    if counts is not None:
+        cache.trim(cache.lengths - ids.shape[1] + counts)
+        last = h[torch.arange(len(h), device=h.device), counts - 1]
+    # in float32 and for few rows, this order of the product is the faster one on a CPU
+    return (model.head.weight @ last.T).T if last.dtype == torch.float32 else model.head(last)
+
 # %% ../nbs/appendix/engine.ipynb #5eefb307
 def pad_rows(rows: Sequence[list[int]]) -> torch.Tensor:  # (B, T)
     """Rows of the same length: a shorter one is padded with its own last token, which stands in it
@@ -290,7 +419,7 @@ class Batch:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.rows: list[Row] = []
-        self.cache = KVCache.empty(model, max_rows, capacity or model.cfg.seq_len)
+        self.cache = RowCache.empty(model, max_rows, capacity or model.cfg.seq_len)
 
     def add(
         self,
@@ -334,14 +463,14 @@ class Batch:
         logits = used.kv.new_zeros(B, len(self.model.head.weight))
         if len(fresh) < B:
             newest = torch.tensor([row.ids[-1:] for row in self.rows], device=device)  # (B, 1)
-            logits = next_logits(self.model, newest, used)
+            logits = next_row_logits(self.model, newest, used)
         if fresh:
             context = self.model.cfg.seq_len
             texts = [self.rows[i].ids for i in fresh]
             windows = [ids[-window_length(len(ids), context) :] for ids in texts]
             counts = torch.tensor([len(window) for window in windows], device=device)
-            cache = KVCache.empty(self.model, len(fresh), int(counts.max()))
-            logits[fresh] = next_logits(self.model, pad_rows(windows).to(device), cache, counts)
+            cache = RowCache.empty(self.model, len(fresh), int(counts.max()))
+            logits[fresh] = next_row_logits(self.model, pad_rows(windows).to(device), cache, counts)
             used.copy_rows(fresh, cache)
         return logits
 
@@ -372,7 +501,7 @@ class Batch:
         numbers, with an `error`, which is raised if there are no others.
         """
         logits = self.read().float()
-        finite = finite_rows(logits)
+        finite = logits.isfinite().all(dim=-1)  # (B,)
         if not finite.all():
             logits = self.remove_broken(logits, finite)
         rows, tokens = list(self.rows), self.draw(logits)
@@ -518,8 +647,8 @@ def beam_search(
     """
     check_beams(model.cfg, prompt, beams, max_new_tokens)
     device = next(model.parameters()).device
-    cache = KVCache.empty(model, 1, len(prompt) + max_new_tokens)
-    logits = next_logits(model, torch.tensor([prompt], device=device), cache)  # (1, V)
+    cache = RowCache.empty(model, 1, len(prompt) + max_new_tokens)
+    logits = next_row_logits(model, torch.tensor([prompt], device=device), cache)  # (1, V)
     check_logits(logits)
     texts: list[list[int]] = [[]]
     scores = logits.new_zeros(1)
@@ -539,7 +668,9 @@ def beam_search(
         if length == max_new_tokens or not kept or enough:
             break
         cache = cache.reorder([e.parent for e in kept])  # each goes on from its parent's keys
-        logits = next_logits(model, torch.tensor([[e.token] for e in kept], device=device), cache)
+        logits = next_row_logits(
+            model, torch.tensor([[e.token] for e in kept], device=device), cache
+        )
         check_logits(logits)
     if len(finished) < beams or length == max_new_tokens:
         finished += [(score / norm, text) for score, text in zip(scores.tolist(), texts)]

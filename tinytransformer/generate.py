@@ -6,7 +6,7 @@
 __all__ = ['GREEDY_BELOW', 'keep_top_k', 'keep_mass', 'keep_top_p', 'keep_min_p', 'keep_typical', 'penalise_repetition',
            'penalise_frequency', 'bias_tokens', 'SampleConfig', 'apply_penalties', 'truncate_logits',
            'next_distribution', 'KVCache', 'KVLayer', 'next_logits', 'window_length', 'row_generator', 'draw_token',
-           'check_prompt', 'finite_rows', 'logits_error', 'check_logits', 'count_tokens', 'generate', 'encode_prompt']
+           'check_prompt', 'logits_error', 'check_logits', 'count_tokens', 'generate', 'encode_prompt']
 
 # %% ../nbs/06_generate.ipynb #e427af26
 import math
@@ -218,95 +218,35 @@ def next_distribution(
 
 # %% ../nbs/06_generate.ipynb #5c8607b2
 class KVCache:
-    "The keys and values of all tokens so far, for every layer and row."
+    "The keys and values of all tokens so far, in every layer, for rows of the same length."
 
     def __init__(
         self,
-        kv: torch.Tensor,  # (num_layers, 2, B, H, capacity, D)
-        lengths: torch.Tensor,  # (B,) tokens in each row
-    ):
-        self.kv, self.lengths = kv, lengths
-        self.rows = torch.arange(len(lengths), device=kv.device)[:, None]  # (B, 1)
-
-    @classmethod
-    def empty(
-        cls,
         model: Transformer,
         rows: int,  # B
         capacity: int,  # tokens that a row may come to
-    ) -> "KVCache":
-        "A cache with room for `rows` texts of up to `capacity` tokens."
+    ):
         cfg, like = model.cfg, next(model.parameters())
-        return cls(
-            like.new_zeros(cfg.num_layers, 2, rows, cfg.num_heads, capacity, cfg.head_dim),
-            torch.zeros(rows, dtype=torch.long, device=like.device),
-        )
+        shape = (cfg.num_layers, 2, rows, cfg.num_heads, capacity, cfg.head_dim)
+        self.kv = like.new_zeros(shape)  # the 2 stands for key and value
+        self.length = 0  # tokens in each row so far
 
-    @property
-    def num_rows(self) -> int:
-        return self.kv.shape[2]
-
-    @property
-    def capacity(self) -> int:
-        return self.kv.shape[4]
-
-    def reserve(self, T: int) -> torch.Tensor:  # (B, T)
-        "Make room for the next T tokens of each row; gives their positions."
-        positions = self.lengths[:, None] + torch.arange(T, device=self.kv.device)
-        S = int(positions.max()) + 1
-        if S > self.capacity:
+    def reserve(self, T: int) -> torch.Tensor:  # (T,)
+        "Make room for the next T tokens; gives their positions."
+        S, capacity = self.length + T, self.kv.shape[4]
+        if S > capacity:
             raise InputError(
-                f"{S} tokens do not fit into a cache for {self.capacity}: make a larger one"
+                f"{S} tokens do not fit into a cache for {capacity}: make a larger one"
             )
-        self.positions = positions
-        # (B, 1, T, S): a query sees the keys up to its own position
-        self.mask = (torch.arange(S, device=self.kv.device) <= positions[:, :, None])[:, None]
-        self.lengths += T
-        return positions
+        self.positions = torch.arange(self.length, S, device=self.kv.device)
+        # (1, 1, T, S): a query sees the keys up to its own position
+        self.mask = (torch.arange(S, device=self.kv.device) <= self.positions[:, None])[None, None]
+        self.length = S
+        return self.positions
 
     def layer(self, i: int) -> "KVLayer":
         "What the attention of block i sees of the cache."
         return KVLayer(self, i)
-
-    def trim(
-        self,
-        lengths: torch.Tensor,  # (B,) at most as many as there are
-    ) -> None:
-        "Forget what lies beyond the first tokens of each row, such as padding."
-        self.lengths.copy_(lengths)
-
-    def reset(self, rows: Sequence[int]) -> None:
-        "Forget all tokens of these rows."
-        self.lengths[list(rows)] = 0
-
-    def clear(self, rows: Sequence[int]) -> None:
-        """Forget these rows, and what was computed for them. A NaN that is left behind would spoil
-        the next text there: masked or not, 0 times NaN is NaN.
-        """
-        self.kv[:, :, list(rows)] = 0
-        self.reset(rows)
-
-    def first(self, rows: int) -> "KVCache":
-        "The first rows alone; what is written into them is written into this cache."
-        return KVCache(self.kv[:, :, :rows], self.lengths[:rows])
-
-    def reorder(self, rows: list[int]) -> "KVCache":
-        "A copy of these rows in this order; a row may come more than once."
-        return KVCache(self.kv[:, :, rows], self.lengths[rows])
-
-    def copy_rows(
-        self,
-        rows: list[int],  # of this cache, to overwrite
-        source: "KVCache",  # has as many rows, and not more capacity
-    ) -> None:
-        "Put the rows of another cache in place of these."
-        self.kv[:, :, rows, :, : source.capacity] = source.kv
-        self.lengths[rows] = source.lengths
-
-    def move_row(self, source: int, target: int) -> None:
-        "Overwrite one row by another."
-        self.kv[:, :, target] = self.kv[:, :, source]
-        self.lengths[target] = self.lengths[source]
 
 
 class KVLayer:
@@ -319,31 +259,24 @@ class KVLayer:
         self,
         k: torch.Tensor,  # (B, H, T, D) of the new tokens
         v: torch.Tensor,  # (B, H, T, D)
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (B, H, S, D) twice, and (B, 1, T, S)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (B, H, S, D) twice, and (1, 1, T, S)
         "Keep new keys and values; gives all of them so far, and the mask of the new queries."
-        cache, (keys, values) = self.cache, self.cache.kv[self.i]  # (B, H, capacity, D) each
-        keys[cache.rows, :, cache.positions] = k.transpose(1, 2)
-        values[cache.rows, :, cache.positions] = v.transpose(1, 2)
-        S = cache.mask.shape[-1]
-        return keys[:, :, :S], values[:, :, :S], cache.mask
+        keys, values = self.cache.kv[self.i]  # (B, H, capacity, D) each
+        keys[:, :, self.cache.positions] = k
+        values[:, :, self.cache.positions] = v
+        S = self.cache.length
+        return keys[:, :, :S], values[:, :, :S], self.cache.mask
 
 # %% ../nbs/06_generate.ipynb #a5ff8d9b
 @torch.no_grad()
 def next_logits(
     model: Transformer,  # in any mode: dropout is off here
-    ids: torch.Tensor,  # (B, T) the next tokens of each row; a shorter row is padded at its end
+    ids: torch.Tensor,  # (B, T) the tokens that the cache does not have yet
     cache: KVCache,  # gets longer, in place
-    counts: torch.Tensor | None = None,  # (B,) tokens in each row without padding; default: T
 ) -> torch.Tensor:  # (B, V) logits after the last token of each row
     "Read the next tokens, and predict what follows them."
     with eval_mode(model):
-        h = model.hidden(ids, cache)  # (B, T, C)
-    last = h[:, -1]  # (B, C)
-    if counts is not None:
-        cache.trim(cache.lengths - ids.shape[1] + counts)
-        last = h[torch.arange(len(h), device=h.device), counts - 1]
-    # in float32 and for few rows, this order of the product is the faster one on a CPU
-    return (model.head.weight @ last.T).T if last.dtype == torch.float32 else model.head(last)
+        return model.head(model.hidden(ids, cache)[:, -1])
 
 # %% ../nbs/06_generate.ipynb #342f1a93
 def window_length(
@@ -400,13 +333,6 @@ def check_prompt(
         raise InputError("logit_bias bans every token: leave at least one")
 
 
-def finite_rows(
-    logits: torch.Tensor,  # (B, V)
-) -> torch.Tensor:  # (B,) bool
-    "Which rows hold finite numbers only."
-    return logits.isfinite().all(dim=-1)
-
-
 def logits_error() -> InputError:
     return InputError(
         "the model's logits are not finite: if its training diverged, train again with a"
@@ -416,7 +342,7 @@ def logits_error() -> InputError:
 
 def check_logits(logits: torch.Tensor) -> None:
     "Raise `InputError` for logits that are infinite or not a number."
-    if not finite_rows(logits).all():
+    if not logits.isfinite().all():
         raise logits_error()
 
 
@@ -444,32 +370,27 @@ def generate(
             "stop strings are looked for in text, and `generate` has no tokenizer: call"
             " `engine.complete`"
         )
-    given_device = ids.device
-    ids = ids.to(next(model.parameters()).device)
-    B, T = ids.shape
-    context = model.cfg.seq_len
+    (B, T), context = ids.shape, model.cfg.seq_len
+    text = ids.to(next(model.parameters()).device)
     generators = [row_generator(cfg.seed, row) for row in range(B)]
-    stop_tokens = torch.tensor(cfg.stop_tokens, dtype=torch.long, device=ids.device)
-    greedy = cfg.temperature < GREEDY_BELOW  # then there is nothing to draw
-    counted = cfg.frequency_penalty != 0 or cfg.presence_penalty != 0
-    cache = KVCache.empty(model, B, min(context, T + cfg.max_new_tokens))
-    new, ended = ids, torch.zeros(B, 1, dtype=torch.bool, device=ids.device)
+    stop_tokens = torch.tensor(cfg.stop_tokens, dtype=torch.long, device=text.device)
+    ended = torch.zeros(B, 1, dtype=torch.bool, device=text.device)
+    cache = KVCache(model, B, min(context, T + cfg.max_new_tokens))
+    new = text  # the prefill reads the whole prompt, each later step one token
     for n in range(T, T + cfg.max_new_tokens):  # tokens in the text
-        if n > context and window_length(n - 1, context) == context:  # the window was full
-            cache.reset(list(range(B)))
-            new = ids[:, -window_length(n, context) :]
+        if cache.length == context:  # the window is full: it jumps, and is read again
+            cache.length = 0
+            new = text[:, -window_length(n, context) :]
         logits = next_logits(model, new, cache).float()  # (B, V)
         check_logits(logits)
-        counts = count_tokens(ids[:, T:], logits.shape[1]) if counted else None
-        probabilities = next_distribution(logits, ids, cfg, counts)
-        drawn = probabilities.argmax(dim=-1) if greedy else draw_token(probabilities, generators)
-        new = torch.where(ended, ids[:, -1:], drawn[:, None])  # (B, 1)
-        ids = torch.cat([ids, new], dim=1)  # (B, n + 1)
-        if cfg.stop_tokens:
-            ended |= torch.isin(new, stop_tokens)
-            if ended.all():
-                break
-    return ids.to(given_device)
+        counts = count_tokens(text[:, T:], logits.shape[1])
+        drawn = draw_token(next_distribution(logits, text, cfg, counts), generators)
+        new = torch.where(ended, text[:, -1:], drawn[:, None])  # (B, 1)
+        text = torch.cat([text, new], dim=1)  # (B, n + 1)
+        ended = ended | torch.isin(new, stop_tokens)
+        if ended.all():
+            break
+    return text.to(ids.device)
 
 # %% ../nbs/06_generate.ipynb #582ba5a9
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -19,8 +19,8 @@ from accelerate.tracking import MLflowTracker, TensorBoardTracker
 from tqdm import tqdm
 
 from .devices import log_message, processes
+from .diagnostics import plot_metrics
 from .files import InputError, JsonLines, read_json, read_rows, write_json
-from .train import plot_metrics
 
 # %% ../nbs/appendix/trackers.ipynb #abed5c0d
 def live_curve(

@@ -4,29 +4,22 @@
 
 # %% auto #0
 __all__ = ['MakeOptimizer', 'OPTIMIZERS', 'TrainConfig', 'make_adamw', 'make_optimizer', 'batches', 'learning_rate',
-           'LossFunction', 'plain_loss', 'windows', 'window_batch', 'evaluate', 'perplexities', 'Text', 'fact_recall',
-           'find_non_finite', 'Objective', 'compute_gradients', 'Progress', 'Stopped', 'Diverged', 'CheckpointStore',
-           'set_learning_rate', 'set_up', 'train_step', 'validation_loss', 'fit', 'lr_range_test', 'plot_metrics']
+           'LossFunction', 'plain_loss', 'windows', 'window_batch', 'evaluate', 'perplexities', 'Text',
+           'set_learning_rate', 'train']
 
 # %% ../nbs/05_train.ipynb #5bcde0d9
-import copy
 import math
-import re
-import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from itertools import count
 from typing import Any, Literal, Protocol, get_args, get_origin
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from . import tinywiki
 from .data import Blocks
 from .files import InputError
 from .model import Transformer, eval_mode, next_token_loss
@@ -284,334 +277,38 @@ class Text(Protocol):
     streams: dict[str, torch.Tensor]  # split -> (N,)
     tokenizer: Tokenizer
 
-# %% ../nbs/05_train.ipynb #09112ba6
-@torch.no_grad()
-def fact_recall(
-    model: Transformer,
-    text: Text,  # of TinyWiki
-    articles: int = 100,  # of the validation split, from its beginning
-) -> float:  # 0 to 1; nan where no fact is repeated within the context
-    """Share of the certain facts in TinyWiki's articles that the model's likeliest tokens repeat
-    correctly.
-    """
-    tokenizer, T = text.tokenizer, model.cfg.seq_len
-    decoded = tokenizer.decode(text.streams["validation"][: 400 * articles].tolist())
-    asked = right = 0
-    # the last one may be cut off
-    for article in re.split(r"(?m)^(?= = [^=])", decoded)[1:-1][:articles]:
-        encoded = tokenizer.encode(article, add_special_tokens=False)
-        ids = torch.tensor(encoded.ids[: T + 1])
-        x = ids[None, :-1].to(next(model.parameters()).device)  # (1, T) at most
-        with eval_mode(model):
-            guesses = model(x)[0].argmax(dim=-1).cpu()  # (T,)
-        correct = guesses == ids[1:]
-        for _, start, end in tinywiki.certain_facts(article):
-            positions = [i for i, (_, stop) in enumerate(encoded.offsets) if start < stop <= end]
-            if positions[-1] > T:
-                continue
-            asked += 1
-            right += bool(correct[[i - 1 for i in positions]].all())
-    return right / asked if asked else math.nan
-
-# %% ../nbs/05_train.ipynb #e0b4a4d8
-def find_non_finite(
-    model: nn.Module,
-    forward: Callable[[], object],  # runs the model on the batch that did it
-) -> str:
-    "Where a value is first not finite: in a weight, in the output of a part, or in a gradient."
-
-    def is_bad(t):
-        return torch.is_tensor(t) and not bool(t.isfinite().all())
-
-    outputs = []
-
-    def check_output(name):
-        return lambda module, args, output: outputs.append(name) if is_bad(output) else None
-
-    for name, p in model.named_parameters():
-        if is_bad(p):
-            return f"the weight {name}"
-    parts = [(name, module) for name, module in model.named_modules() if name]
-    hooks = [module.register_forward_hook(check_output(name)) for name, module in parts]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if outputs:
-        return f"the output of {outputs[0]}"
-    gradients = [name for name, p in model.named_parameters() if is_bad(p.grad)]
-    return f"the gradient of {gradients[-1]}" if gradients else "the loss"
-
-# %% ../nbs/05_train.ipynb #dacf9d0c
-class Objective(nn.Module):
-    """A model with its loss, as one module. DDP and FSDP, which average gradients over processes or
-    spread weights over them, so see one forward pass for each backward pass.
-    """
-
-    def __init__(
-        self, model: nn.Module, loss: LossFunction = plain_loss, label_smoothing: float = 0.0
-    ):
-        super().__init__()
-        self.model, self.loss, self.label_smoothing = model, loss, label_smoothing
-
-    def forward(
-        self, x: torch.Tensor, y: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # what is minimised, and what is reported
-        "Both losses of a batch (B, T), in nats per token; they differ only by label smoothing."
-        if not self.label_smoothing or not self.model.training:
-            loss = self.loss(self.model, x, y)
-            return loss, loss
-        logits = self.model(x)  # (B, T, V)
-        smoothed = F.cross_entropy(
-            logits.flatten(0, 1), y.flatten(), label_smoothing=self.label_smoothing
-        )
-        return smoothed, next_token_loss(logits, y)
-
-
-def compute_gradients(
-    objective: nn.Module,  # an `Objective`, prepared by `accelerator`
-    optimizer: torch.optim.Optimizer,  # likewise
-    x: torch.Tensor,  # (B, T) this process's share of the batch
-    y: torch.Tensor,  # (B, T)
-    cfg: TrainConfig,
-    accelerator: Accelerator,
-) -> tuple[torch.Tensor, torch.Tensor]:  # loss, and gradient norm before clipping
-    """Put the averaged and clipped gradients of a batch in place; the caller steps the optimizer.
-    The loss, in nats per token, and the norm are those of all processes together. Gradients that
-    are not finite are not clipped.
-    """
-    optimizer.zero_grad()
-    total = torch.zeros((), device=accelerator.device)
-    rows, parts = len(x), list(zip(x.chunk(cfg.micro_batches), y.chunk(cfg.micro_batches)))
-    for i, (x, y) in enumerate(parts):
-        x, y = x.to(accelerator.device), y.to(accelerator.device)
-        # processes exchange gradients once, with the last part
-        with accelerator.no_sync(objective) if i + 1 < len(parts) else nullcontext():
-            goal, loss = objective(x, y)
-            accelerator.backward(goal * (len(x) / rows))  # the last part may be smaller
-        total += loss.detach() * (len(x) / rows)
-    norm = nn.utils.get_total_norm([p.grad for p in objective.parameters() if p.grad is not None])
-    # where weights are spread over processes, each knows its part
-    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    # a norm that is not finite would make every gradient 0 or nan; 0 leaves them as they are
-    bound = torch.nan_to_num(whole, nan=0.0, posinf=0.0)
-    nn.utils.clip_grads_with_norm_(objective.parameters(), cfg.grad_clip, bound)
-    return accelerator.reduce(total, "mean"), whole
-
-# %% ../nbs/05_train.ipynb #e20198ca
-@dataclass
-class Progress:
-    "Where training stands."
-
-    step: int = 0  # optimizer steps done
-    best: float | None = None  # lowest validation loss so far
-    stale: int = 0  # evaluations since then
-
-    def judge(self, val_loss: float) -> bool:
-        "Record a validation loss; returns whether it is the lowest so far."
-        better = math.isfinite(val_loss) and (self.best is None or val_loss < self.best)
-        self.best, self.stale = (val_loss, 0) if better else (self.best, self.stale + 1)
-        return better
-
-    def is_over(self, cfg: TrainConfig) -> bool:
-        "Whether all steps are done, or `cfg.patience` has run out."
-        impatient = cfg.patience is not None and self.stale >= cfg.patience
-        return self.step >= cfg.max_steps or impatient
-
-    def epochs(self, blocks: Blocks, cfg: TrainConfig) -> float:
-        "How often the text was read; blocks that do not fill a batch belong to no epoch."
-        return round(self.step / (len(blocks) // cfg.batch_size), 4)
-
-# %% ../nbs/05_train.ipynb #d379e6fa
-class Stopped(Exception):
-    "Training ended early because it was asked to."
-
-    def __init__(self, number: int, step: int):
-        super().__init__(f"stopped after step {step}")
-        self.number, self.step = number, step  # of the signal, and the last step that was done
-
-
-class Diverged(InputError):
-    "A loss or a gradient that is not finite."
-
-    def __init__(self, step: int, loss: float, grad_norm: float, where: str):
-        super().__init__(
-            f"training diverged at step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g},"
-            f" first seen in {where}; the weights are those of the step before: lower"
-            " train.learning_rate, warm up for longer, or set train.skip_non_finite"
-        )
-        self.step, self.where = step, where
-
-
-class CheckpointStore(Protocol):
-    "Keeps what training needs to go on; every process calls it."
-
-    def load(self, model: Transformer, optimizer: torch.optim.Optimizer) -> Progress:
-        "Put both back to the newest checkpoint, if there is one, and return where it stands."
-        ...
-
-    def save(
-        self,
-        model: Transformer,
-        optimizer: torch.optim.Optimizer,
-        progress: Progress,
-        row: dict,  # of the last step
-        better: bool,  # whether its validation loss is the lowest so far
-    ) -> None:
-        "Write a checkpoint."
-        ...
-
-
+# %% ../nbs/05_train.ipynb #8927b0db
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     "For all parameter groups."
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
-def set_up(
-    model: Transformer, cfg: TrainConfig, loss: LossFunction, accelerator: Accelerator
-) -> tuple[nn.Module, torch.optim.Optimizer]:  # an `Objective` around `model`, and its optimizer
-    "Objective and optimizer, on their device."
-    if cfg.compile:
-        # block by block, since all blocks share what is compiled; the loss stays as it is
-        for block in model.blocks:
-            block.compile()
-    objective = Objective(model.train(), loss, cfg.label_smoothing)
-    return accelerator.prepare(objective, make_optimizer(model, cfg))
-
-# %% ../nbs/05_train.ipynb #8927b0db
-def train_step(
-    model: Transformer,
-    objective: nn.Module,  # around `model`, as `set_up` makes it
-    optimizer: torch.optim.Optimizer,
-    pairs: Iterator[tuple[torch.Tensor, torch.Tensor]],  # of `batches`
-    step: int,  # its number, from 1
-    cfg: TrainConfig,
-    accelerator: Accelerator,
-) -> dict:  # loss, learning_rate, grad_norm and tokens_per_second
-    "Read a batch and step the optimizer. Raises `Diverged`, with the weights left as they were."
-    started, rate = time.perf_counter(), learning_rate(step, cfg)
-    set_learning_rate(optimizer, rate)
-    x, y = next(pairs)
-    results = compute_gradients(objective, optimizer, x, y, cfg, accelerator)
-    loss, grad_norm = torch.stack(results).tolist()  # the one time that the host waits for a GPU
-    row = dict(loss=loss, learning_rate=rate, grad_norm=grad_norm)
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        optimizer.step()
-    elif cfg.skip_non_finite:
-        row["skipped"] = True
-    else:
-        x, y = x.to(accelerator.device), y.to(accelerator.device)
-        where = find_non_finite(model, lambda: objective(x, y))
-        raise Diverged(step, loss, grad_norm, where)
-    tokens = x.numel() * accelerator.num_processes
-    return row | dict(tokens_per_second=tokens / (time.perf_counter() - started))
-
-
-def validation_loss(
-    model: Transformer, objective: nn.Module, text: Text, accelerator: Accelerator
-) -> float:
-    "Of the whole validation split, in nats per token; all processes share the work."
-
-    def loss(model, x, y):
-        return objective(x, y)[1]
-
-    return evaluate(model, text.streams["validation"], accelerator=accelerator, loss=loss)
-
-
-def fit(
+def train(
     model: Transformer,
     text: Text,
     cfg: TrainConfig,
-    *,
-    loss: LossFunction = plain_loss,
-    checkpoints: CheckpointStore | None = None,  # where to go on from, and to write to
-    log: Callable[[dict], None] = lambda row: (
-        None
-    ),  # gets the row of each step, after its checkpoint
-    accelerator: Accelerator | None = None,  # by default one process, float32, the best device
-    stop: Callable[[], int] = lambda: 0,  # number of the signal after which to end; 0: go on
-    measure: Callable[[], dict] = dict,  # further entries of each row
-) -> list[dict]:  # step, epoch, what `train_step` measured, and now and then val_loss
-    """Train `model` in place up to step `cfg.max_steps`, or until `cfg.patience` runs out. Raises
-    `Diverged`; `Stopped`, if `stop` asks for it; `InputError` for a text that is too short.
+    log: Callable[[dict], None] = lambda row: None,  # gets the row of each step
+) -> list[dict]:  # step, loss, learning_rate, grad_norm, and now and then val_loss
+    """Train `model` in place for `cfg.max_steps` steps, on one device and in float32. Raises
+    `InputError` for a text that is too short. `loop.fit` does the same, and heeds all of `cfg`.
     """
-    accelerator = accelerator or Accelerator()
-    objective, optimizer = set_up(model, cfg, loss, accelerator)
-    progress = checkpoints.load(model, optimizer) if checkpoints else Progress()
+    optimizer = make_optimizer(model.train(), cfg)
     blocks = Blocks(text.streams["train"], model.cfg.seq_len)
-    rows: list[dict] = []
-    share = accelerator.process_index, accelerator.num_processes
-    pairs = batches(blocks, cfg.batch_size, cfg.seed, progress.step, *share)
-    while not progress.is_over(cfg):
-        progress.step += 1
-        row = train_step(model, objective, optimizer, pairs, progress.step, cfg, accelerator)
-        row = dict(step=progress.step, epoch=progress.epochs(blocks, cfg)) | row | measure()
-        signal, better = stop(), False
-        if due := progress.step % cfg.eval_every == 0 or progress.step == cfg.max_steps:
-            row["val_loss"] = validation_loss(model, objective, text, accelerator)
-            better = progress.judge(row["val_loss"])
-        rows.append(row)
-        if checkpoints and (due or signal):
-            checkpoints.save(model, optimizer, progress, row, better)
-        log(row)  # after the checkpoint: if it fails, no step is lost
-        if signal:
-            raise Stopped(signal, progress.step)
-    return rows
-
-# %% ../nbs/05_train.ipynb #27f9d403
-def lr_range_test(
-    model: Transformer,  # not changed: a copy is trained
-    text: Text,
-    cfg: TrainConfig,  # its batch size, decay, betas, clipping and seed are used
-    lowest: float = 1e-5,  # rate of the first step
-    highest: float = 1.0,  # rate of the last
-    steps: int = 100,
-) -> list[dict]:  # learning_rate and loss of each step, up to where the loss is twice its lowest
-    "Train with a rate that grows by a constant factor each step (Smith, 2017)."
-    model, accelerator = copy.deepcopy(model).train(), Accelerator()
-    objective, optimizer = accelerator.prepare(Objective(model), make_optimizer(model, cfg))
-    blocks = Blocks(text.streams["train"], model.cfg.seq_len)
-    rows: list[dict] = []
-    for step, (x, y) in zip(range(steps), batches(blocks, cfg.batch_size, cfg.seed)):
-        rate = lowest * (highest / lowest) ** (step / max(1, steps - 1))
+    pairs = batches(blocks, cfg.batch_size, cfg.seed)
+    rows = []
+    for step in range(1, cfg.max_steps + 1):
+        rate = learning_rate(step, cfg)
         set_learning_rate(optimizer, rate)
-        loss = compute_gradients(objective, optimizer, x, y, cfg, accelerator)[0].item()
-        if not math.isfinite(loss) or rows and loss > 2 * min(row["loss"] for row in rows):
-            break
-        rows.append(dict(learning_rate=rate, loss=loss))
+        x, y = next(pairs)
+        loss = next_token_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
+        row = dict(step=step, loss=loss.item(), learning_rate=rate, grad_norm=norm.item())
+        if step % cfg.eval_every == 0 or step == cfg.max_steps:
+            row["val_loss"] = evaluate(model, text.streams["validation"])
+        rows.append(row)
+        log(row)
     return rows
-
-# %% ../nbs/05_train.ipynb #8f05481e
-def plot_metrics(
-    rows: list[dict],  # of fit
-    floor: float | None = None,  # entropy of the validation split, if it is known
-    # validation loss with sliding windows at the end, if it was measured
-    sliding: float | None = None,
-):  # a matplotlib figure
-    "Loss and learning rate against the step, with the floor where it is known."
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    loss, lr = figure.subplots(1, 2, width_ratios=[2, 1])
-    loss.plot(
-        [r["step"] for r in rows],
-        [r["loss"] for r in rows],
-        lw=0.7,
-        alpha=0.6,
-        label="training batch",
-    )
-    looks = [r for r in rows if "val_loss" in r]
-    loss.plot([r["step"] for r in looks], [r["val_loss"] for r in looks], "o-", label="validation")
-    if sliding:
-        loss.plot(looks[-1]["step"], sliding, "D", label=f"with sliding windows {sliding:.3f}")
-    if floor:
-        loss.axhline(floor, color="black", ls="--", label=f"entropy floor {floor:.3f}")
-    loss.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
-    loss.legend()
-    lr.plot([r["step"] for r in rows], [r["learning_rate"] for r in rows])
-    lr.set(xlabel="step", ylabel="learning rate")
-    return figure
