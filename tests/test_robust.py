@@ -213,6 +213,8 @@ def test_interrupted_early(tmp_path, command, seconds):
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     written = process.communicate(timeout=120)[1]
+    if "init_import_site" in written:
+        return  # on a busy machine, Python itself has not begun
     # killed where not even Python has begun; a shell says 130 then, too
     assert (process.returncode, written) in [(130, ""), (-signal.SIGINT, ""), (0, "")]
 
