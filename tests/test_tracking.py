@@ -180,11 +180,11 @@ def test_killed_and_resumed(commands, workspace, tmp_path):
     files = EventAccumulator(str(run / "tensorboard"))
     files.Reload()
     for field in ("loss", "val_loss", "learning_rate", "tokens_per_second"):
-        wanted = [(row["step"], row[field]) for row in rows if field in row]
-        found = client.get_metric_history(kept.info.run_id, field)
-        assert [(m.step, m.value) for m in found] == pytest.approx(wanted), field
-        shown = [(e.step, e.value) for e in files.Scalars(field)]
-        assert shown == pytest.approx(wanted, rel=1e-5), field
+        wanted = {row["step"]: row[field] for row in rows if field in row}
+        for found in (client.get_metric_history(kept.info.run_id, field), files.Scalars(field)):
+            assert [each.step for each in found] == list(wanted), field
+            values = [each.value for each in found]
+            assert values == pytest.approx(list(wanted.values()), rel=1e-5), field
 
 
 def wait_for_rows(process, run: Path, n: int, seconds: float = 120) -> None:

@@ -118,7 +118,8 @@ def put_back(
     folder: Path,
 ) -> None:
     "Delete it, unless it is the old folder and the new one has not come to its place."
-    if left_over.suffix == ".old" and left_over.exists() and not folder.exists():
+    is_old = left_over.suffix == ".old" and left_over.is_dir() and not left_over.is_symlink()
+    if is_old and not folder.exists():
         left_over.rename(folder)
     else:
         discard(left_over)
