@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 BIN = Path(sys.executable).parent  # of the environment that runs the tests
 CHAPTERS = "data embeddings attention block model train generate".split()
-ALONE = {"tinywiki", "files", "attention_map"}  # import nothing of ours, or files alone
+ALONE = {"tinywiki", "files", "attention_map", "drawings"}  # import nothing of ours, or files alone
 OUTERMOST = {"serve", "cli", "__main__"}  # know HTTP and the terminal; nothing else knows them
 
 
