@@ -33,6 +33,7 @@ TOGETHER = {  # files whose tests share a server or a browser
     "test_serve": "server",
     "test_docker": "server",
     "test_attention_map": "browser",
+    "test_drawings": "browser",
     "test_jupyter": "JupyterLab",
 }
 LEFT_OUT = {

@@ -28,6 +28,7 @@ COMMANDS = {  # name -> what it does
         "Write a run as a folder that Hugging Face's transformers load as a GPT-2, with a model"
         " card."
     ),
+    "page": "Write one HTML file in which the model of a run writes, without a server.",
     "runs": "Compare the runs in a folder in a table, and with --plot in one picture.",
     "serve": (
         "Serve a model over HTTP with OpenAI's completions API, until SIGTERM or Ctrl-C. If"

@@ -28,9 +28,7 @@ def attention_weights(
     k: torch.Tensor,  # (..., S, D) keys
     mask: torch.Tensor | None = None,  # (..., T, S), True where a query sees a key; default: causal
 ) -> torch.Tensor:  # (..., T, S), each row sums to one
-    """softmax(q kᵀ / √D) over the keys that are not later than the query (Vaswani et al., 2017, eq.
-    1).
-    """
+    "softmax(q kᵀ / √D) over the keys that the mask leaves (Vaswani et al., 2017, eq. 1)."
     mask = causal_mask(q.shape[-2], q.device) if mask is None else mask
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
@@ -43,29 +41,19 @@ def fused_attention(
     mask: torch.Tensor | None = None,  # (..., T, S), True where a query sees a key; default: causal
     dropout: float = 0.0,  # share of weights to zero
 ) -> torch.Tensor:  # (B, H, T, D)
-    """`attention_weights(q, k, mask) @ v` by PyTorch's fused kernel, which never holds all the
-    weights.
-    """
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
-    )
+    "`attention_weights(q, k, mask) @ v` by PyTorch's fused kernel."
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
 
 
 class LayerCache(Protocol):
-    "What attention needs of a key-value cache; chapter 06 has one."
+    "Keys and values of the tokens before; chapter 06 has one."
 
-    def append(
-        self, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keep the keys and values (B, H, T, D) of the new tokens. Gives all keys and values so far
-        (B, H, S, D), and the mask (B, 1, T, S) for the new tokens' queries.
-        """
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        "Keep k, v (B, H, T, D); return all so far (B, H, S, D) and the mask (B, 1, T, S)."
 
 
 class MultiHeadAttention(nn.Module):
-    """Causal self-attention with `num_heads` heads side by side: (B, T, C) -> (B, T, C) (Vaswani et
-    al., 2017, sec. 3.2.2).
-    """
+    "Causal self-attention: (B, T, C) -> (B, T, C) (Vaswani et al., 2017, sec. 3.2.2)."
 
     def __init__(
         self,
@@ -75,7 +63,8 @@ class MultiHeadAttention(nn.Module):
     ):
         super().__init__()
         self.check_shape(embed_dim, num_heads)
-        self.num_heads, self.dropout = num_heads, dropout
+        self.num_heads = num_heads
+        self.dropout = dropout
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.attend = fused_attention  # steps 3 and 4; the appendix on the fast path has another
@@ -89,7 +78,7 @@ class MultiHeadAttention(nn.Module):
             )
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
-        "(B, T, C) -> (B, H, T, C/H)"
+        "(B, T, C) -> (B, H, T, D)"
         B, T, C = x.shape
         return x.view(B, T, self.num_heads, C // self.num_heads).transpose(1, 2)
 
@@ -97,9 +86,9 @@ class MultiHeadAttention(nn.Module):
         self,
         x: torch.Tensor,  # (B, T, C)
         positions: torch.Tensor | None = None,  # not used here, but by rotary attention
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (B, H, T, C/H) each
-        "Project `x` to queries, keys and values, and split them into heads."
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (B, H, T, D) each
+        "Steps 1 and 2: project, and split into heads."
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, T, C) each
         return self.split_heads(q), self.split_heads(k), self.split_heads(v)
 
     def forward(
@@ -109,15 +98,17 @@ class MultiHeadAttention(nn.Module):
         positions: torch.Tensor | None = None,  # (T,) or (B, T); default: 0 to T - 1
         return_weights: bool = False,  # also give the weights (B, H, T, S), before dropout
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        q, k, v = self.queries_keys_values(x, positions)
-        k, v, mask = (k, v, None) if cache is None else cache.append(k, v)
+        q, k, v = self.queries_keys_values(x, positions)  # 1, 2: (B, H, T, D) each
+        mask = None  # causal
+        if cache is not None:
+            k, v, mask = cache.append(k, v)  # (B, H, S, D) each, and (B, 1, T, S)
         p = self.dropout if self.training else 0.0
         if return_weights:
-            weights = attention_weights(q, k, mask)
-            heads = F.dropout(weights, p) @ v
+            weights = attention_weights(q, k, mask)  # 3: (B, H, T, S)
+            mixed = F.dropout(weights, p) @ v  # 4: (B, H, T, D)
         else:
-            heads = self.attend(q, k, v, mask, p)
-        out = self.proj(heads.transpose(1, 2).flatten(2))  # (B, H, T, C/H) -> (B, T, C)
+            mixed = self.attend(q, k, v, mask, p)  # 3 and 4 at once: (B, H, T, D)
+        out = self.proj(mixed.transpose(1, 2).flatten(2))  # 5, 6: (B, T, C)
         return (out, weights) if return_weights else out
 
 

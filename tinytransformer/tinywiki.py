@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 # %% ../nbs/appendix/tinywiki.ipynb #0ed37a3e
-# alternatives, all as likely as each other; or alternative -> weight
+# equally likely alternatives; or alternative -> weight
 Rule = Sequence[str] | Mapping[str, float]
 Grammar = Mapping[str, Rule]  # name -> rule
 
@@ -101,7 +101,7 @@ class ArticleWriter:
         self.expand(options[i], rule)
 
     def expand(self, template: str, rule: str) -> None:
-        "Write a template: its words as they stand, and each field by what it asks for."
+        "Write a template: its words as they are, and each field by what it asks for."
         at = 0
         for field in FIELD.finditer(template):
             self.emit(template[at : field.start()], rule)
@@ -235,10 +235,10 @@ def check_grammar(grammar: Grammar, symbol: str = "article") -> None:
 
 # %% ../nbs/appendix/tinywiki.ipynb #9470d787
 def zipf(
-    words: str | list,  # the likeliest first
-    power: float = 1.0,  # 0 makes all alike
+    words: str | list,  # the most frequent first
+    power: float = 1.0,  # 0 makes all equally frequent
 ) -> dict[str, float]:  # word -> weight
-    "Weights that fall with the rank, as the frequencies of words do (Zipf, 1935)."
+    "Weights that fall with the rank, as the frequencies of words do (Zipf, 1949)."
     words = words.split() if isinstance(words, str) else words
     return {word: 1 / rank**power for rank, word in enumerate(words, 1)}
 
@@ -480,7 +480,7 @@ def certain_facts(
     text: str,  # a whole article
     grammar: Grammar = WIKI,
 ) -> list[tuple[str, int, int]]:  # name of the fact, its first character, the one after its last
-    """The repeated facts of an article that could not be anything else, given what stands before
+    """The repeated facts of an article that could not be anything else, given what comes before
     them. Raises `ValueError` for a text that the grammar cannot have written.
     """
     derivation = next(parse(grammar, text), None)

@@ -131,6 +131,11 @@ async function read(data) {
   const buffer = await unpack(data.weights);
   const codes = data.bits === 8 ? new Uint8Array(buffer) : new Uint16Array(buffer);
   const vectors = data.vectors && new Float32Array(await unpack(data.vectors));
+  return describe(data, codes, vectors);
+}
+
+// what `drawMap` needs: codes (layers, heads, triangle), vectors (3, layers, heads, T, D) or null
+export function describe(data, codes, vectors) {
   return {
     ...data,
     T: data.tokens.length,
@@ -958,11 +963,10 @@ class Drawing {
 // --- where it runs
 
 // gives back a function that ends it
-async function drawMap(host, packed) {
+export async function drawMap(host, data) {
   const root = host.shadowRoot || host.attachShadow({ mode: "open" });
   // JupyterLab's keys act on notebooks; ours are meant for the map
   host.setAttribute("data-lm-suppress-shortcuts", "true");
-  const data = await read(packed);
   const view = new MapView(host, data);
   root.replaceChildren(make("style", {}, STYLE), view.layout());
   view.dress();
@@ -992,8 +996,9 @@ function render({ model, el }) {
     stop = stop
       .then((end) => {
         end?.();
-        return drawMap(host, model.get("data"));
+        return read(model.get("data"));
       })
+      .then((data) => drawMap(host, data))
       .then((end) => {
         // another prompt, the same head
         if (old) host.attentionMap.choose({ layer: old.layer, head: old.head });
@@ -1027,9 +1032,11 @@ export default { render };
 // on a page, or in the output of a cell
 for (const host of document.querySelectorAll(".attention-map:not([data-begun])")) {
   host.dataset.begun = "true";
-  drawMap(host, JSON.parse(host.querySelector("script").textContent)).catch((error) =>
-    (host.shadowRoot || host).append(` the map cannot be drawn: ${error.message}`),
-  );
+  read(JSON.parse(host.querySelector("script").textContent))
+    .then((data) => drawMap(host, data))
+    .catch((error) =>
+      (host.shadowRoot || host).append(` the map cannot be drawn: ${error.message}`),
+    );
 }
 for (const row of document.querySelectorAll(".attention-maps:not([data-begun])")) {
   row.dataset.begun = "true";

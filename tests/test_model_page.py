@@ -1,0 +1,474 @@
+"""The model in a page: the engine in JavaScript against PyTorch, and the page in a real browser."""
+
+import base64
+import random
+import unicodedata
+
+import pytest
+import torch
+from axe_playwright_python.sync_playwright import Axe
+from conftest import ROOT
+from playwright.sync_api import Error, Page, expect
+from tokenizers import Tokenizer
+from torch.testing import assert_close
+
+from tinytransformer import variants  # noqa: F401
+from tinytransformer.cli import main
+from tinytransformer.explorer import silenced
+from tinytransformer.generate import SampleConfig, encode_prompt, generate, next_distribution
+from tinytransformer.model import ModelConfig, Transformer
+from tinytransformer.model_page import model_page, pack_model
+from tinytransformer.runs import load_run
+
+ENGINE = (ROOT / "tinytransformer" / "static" / "engine.js").read_text(encoding="utf-8")
+LOAD = """async ([code, data]) => {
+  const engine = await import("data:text/javascript;base64," + code);
+  const bytes = await engine.unpack(data.weights);
+  const tensors = engine.readTensors(bytes, data.shapes, data.dtype);
+  window.engine = engine;
+  window.model = new engine.Transformer(data.config, tensors);
+  const json = new TextDecoder().decode(await engine.unpack(data.tokenizer));
+  window.tokenizer = new engine.Tokenizer(JSON.parse(json));
+  window.read = (ids, off = []) => {
+    const cache = model.emptyCache();
+    return ids.map((id) => {
+      const trace = {};
+      model.read(id, cache, { trace, off: new Set(off) });
+      return trace;
+    });
+  };
+}"""
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_run("tiny")
+
+
+@pytest.fixture(scope="module")
+def rounded(tiny):
+    "The model with its weights rounded to the 16 bits that a page carries."
+    model = Transformer(tiny.model.cfg).eval()
+    weights = tiny.model.state_dict()
+    model.load_state_dict({name: tensor.half().float() for name, tensor in weights.items()})
+    return model
+
+
+@pytest.fixture(scope="module")
+def blank(launch, tmp_path_factory):
+    "An empty page."
+    return launch(tmp_path_factory.mktemp("profile")).new_page()
+
+
+@pytest.fixture
+def run_in_page(blank):
+    "Puts a model into the page, and returns the function that evaluates JavaScript there."
+
+    def put(model: Transformer, tokenizer: Tokenizer, dtype: str = "float32"):
+        data = pack_model(model, tokenizer, dtype)
+        blank.evaluate(LOAD, [base64.b64encode(ENGINE.encode()).decode(), data])
+        return blank.evaluate
+
+    return put
+
+
+def logits_in_page(evaluate, ids: list[int]) -> torch.Tensor:  # (T, V)
+    rows = evaluate("(ids) => read(ids).map((trace) => Array.from(trace.logits))", ids)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def random_texts(n: int) -> list[str]:
+    "Texts of any characters that Unicode has assigned, with more spaces and letters than chance."
+    rng = random.Random(0)
+    assigned = [
+        chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")
+    ]
+    common = " \t\n\r  etaoin'sdll.,0123456789=@-–é\u00a0\u0085\u200b\u2028\u3000\ufeff"
+    return [
+        "".join(rng.choice(assigned if rng.random() < 0.3 else common) for _ in range(60))
+        for _ in range(n)
+    ]
+
+
+# --- the engine
+
+
+def test_tokens_are_those_of_the_tokenizer(run_in_page, tiny):
+    evaluate = run_in_page(tiny.model, tiny.tokenizer)
+    texts = ["", " ", "  a", "don't", " = The", "’s 's", "\r\n\r\n x", *random_texts(2000)]
+    found = evaluate("(texts) => texts.map((text) => tokenizer.encode(text))", texts)
+    assert found == [encode_prompt(tiny.tokenizer, text) for text in texts]
+    decoded = evaluate("(rows) => rows.map((ids) => tokenizer.decode(ids))", found)
+    assert decoded == texts
+
+
+def test_random_tokens_decode_as_in_python(run_in_page, tiny):
+    evaluate = run_in_page(tiny.model, tiny.tokenizer)
+    rng = random.Random(1)
+    rows = [[rng.randrange(tiny.model.cfg.vocab_size) for _ in range(12)] for _ in range(500)]
+    rows += [[rng.randrange(256) for _ in range(12)] for _ in range(500)]  # single bytes
+    found = evaluate("(rows) => rows.map((ids) => tokenizer.decode(ids))", rows)
+    assert found == [tiny.tokenizer.decode(ids) for ids in rows]
+
+
+SHAPES = [
+    {},
+    {"activation": "gelu", "tie_weights": True},
+    {"norm": "rms", "positions": "rotary", "activation": "swiglu"},
+    {"positions": "rotary", "num_heads": 1, "num_layers": 1},
+]
+
+
+@pytest.mark.parametrize("parts", SHAPES)
+def test_logits_and_weights_of_any_model(run_in_page, tiny, parts):
+    torch.manual_seed(0)
+    shape = {"seq_len": 24, "embed_dim": 32, "num_heads": 4, "num_layers": 3, "init_std": 0.2}
+    model = Transformer(ModelConfig(vocab_size=1024, **(shape | parts))).eval()
+    for parameter in model.parameters():  # no zero bias and no unit gain that could hide a fault
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    evaluate = run_in_page(model, tiny.tokenizer)
+    ids = torch.randint(1024, (24,)).tolist()
+    with torch.no_grad():
+        logits, weights = model.double()(torch.tensor([ids]), return_weights=True)
+    # PyTorch computes the angles of rotary positions in float32
+    atol = 1e-5 if "positions" in parts else 1e-10
+    assert_close(logits_in_page(evaluate, ids), logits[0], rtol=0, atol=atol)
+    found = evaluate(
+        "(ids) => read(ids).at(-1).layers.map((l) => l.weights.map((w) => Array.from(w)))", ids
+    )
+    assert_close(torch.tensor(found, dtype=torch.float64), weights[:, 0, :, -1], rtol=0, atol=atol)
+
+
+def test_weights_of_tiny_in_16_bits(run_in_page, tiny, rounded):
+    "Logits of the shipped run: within 1e-4 given its own weights, and close to them in 16 bits."
+    ids = encode_prompt(tiny.tokenizer, " = Greta Holt = \n Greta Holt ( 1839 – 1880 ) was")
+    with torch.no_grad():
+        logits = tiny.model(torch.tensor([ids]))[0].double()
+    found = {
+        dtype: logits_in_page(run_in_page(tiny.model, tiny.tokenizer, dtype), ids)
+        for dtype in ("float32", "float16")
+    }
+    assert_close(found["float32"], logits, rtol=0, atol=1e-4)
+    with torch.no_grad():
+        assert_close(found["float16"], rounded(torch.tensor([ids]))[0].double(), rtol=0, atol=1e-4)
+    assert (found["float16"] - logits).abs().max() < 0.05
+
+
+WRITE = """([ids, count, settings]) => {
+  const text = new engine.Text(model);
+  for (const id of ids) text.push(id);
+  for (let n = 0; n < count; n++) {
+    const p = engine.nextDistribution(text.logits, text.ids, [], settings);
+    text.push(engine.drawToken(p, 0.5));
+  }
+  return text.ids;
+}"""
+
+
+def test_greedy_text_is_that_of_generate(run_in_page, tiny):
+    "Also beyond the context of 192 tokens, where the window jumps."
+    evaluate = run_in_page(tiny.model, tiny.tokenizer)
+    ids = encode_prompt(tiny.tokenizer, " = Greta Holt = \n")
+    cfg = SampleConfig(temperature=0, max_new_tokens=300)
+    expected = generate(tiny.model, torch.tensor([ids]), cfg)[0].tolist()
+    settings = dict(temperature=0, top_k=0, top_p=1, min_p=0)
+    settings |= dict(repetition_penalty=1, frequency_penalty=0, presence_penalty=0)
+    assert evaluate(WRITE, [ids, 300, settings]) == expected
+
+
+def test_distribution_is_that_of_chapter_06(run_in_page, tiny):
+    evaluate = run_in_page(tiny.model, tiny.tokenizer)
+    rng = random.Random(2)
+    torch.manual_seed(2)
+    for _ in range(60):
+        settings = dict(
+            temperature=rng.choice([0, 0.3, 1, 1.7]),
+            top_k=rng.choice([0, 1, 5, 50]),
+            top_p=rng.choice([1, 0.9, 0.3]),
+            min_p=rng.choice([0, 0.05, 0.5]),
+            repetition_penalty=rng.choice([1, 1.3]),
+            frequency_penalty=rng.choice([0, 0.7]),
+            presence_penalty=rng.choice([0, 1.1]),
+        )
+        logits = 3 * torch.randn(1, 100, dtype=torch.float64)
+        ids = torch.randint(100, (1, 20))
+        written = ids[0, 8:]
+        counts = torch.bincount(written, minlength=100)[None]
+        cfg = SampleConfig(**(settings | dict(top_k=settings["top_k"] or None)))
+        expected = next_distribution(logits, ids, cfg, counts)[0]
+        found = evaluate(
+            "([z, ids, written, s]) => Array.from("
+            "engine.nextDistribution(Float64Array.from(z), ids, written, s))",
+            [logits[0].tolist(), ids[0].tolist(), written.tolist(), settings],
+        )
+        # PyTorch multiplies the counts by the penalties in float32
+        assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=0, atol=1e-6)
+
+
+def test_draws_follow_the_distribution(run_in_page, tiny):
+    "Each token owns a share of the numbers from 0 to 1 that is as long as its probability."
+    evaluate = run_in_page(tiny.model, tiny.tokenizer)
+    p = [0, 0.25, 0, 0.5, 0.25, 0]
+    draws = evaluate(
+        "(p) => [0, 0.2, 0.2499, 0.25, 0.7, 0.75, 0.99999].map((u) => engine.drawToken(p, u))", p
+    )
+    assert draws == [1, 1, 1, 3, 3, 4, 4]
+    numbers = evaluate(
+        "() => { const next = engine.randomNumbers(7); return [...Array(20000)].map(next) }"
+    )
+    assert len(set(numbers)) > 19_990 and 0 <= min(numbers) and max(numbers) < 1
+    shares = torch.histc(torch.tensor(numbers), bins=10, min=0, max=1) / len(numbers)
+    assert (shares - 0.1).abs().max() < 5 * (0.1 * 0.9 / len(numbers)) ** 0.5
+
+
+def test_heads_switched_off(run_in_page, tiny):
+    evaluate = run_in_page(tiny.model, tiny.tokenizer)
+    ids = encode_prompt(tiny.tokenizer, " = Greta Holt = \n Greta Holt")
+    off = [(0, 1), (1, 3)]
+    with torch.no_grad(), silenced(tiny.model, off):
+        expected = tiny.model(torch.tensor([ids]))[0, -1].double()
+    found = evaluate(
+        "([ids, off]) => Array.from(read(ids, off).at(-1).logits)", [ids, ["0.1", "1.3"]]
+    )
+    assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("data.config.norm = 'batch'", "model.norm is batch: the page knows layer and rms"),
+        ("data.shapes.more = [9]", "the weights end inside more"),
+        ("delete data.shapes['norm.bias']", "256 bytes are left after the weights"),
+        ("data.config.num_layers = 3", "the weights have no blocks.2.norm1.weight"),
+    ],
+)
+def test_damaged_data_is_refused(blank, tiny, change, message):
+    data = pack_model(tiny.model, tiny.tokenizer, "float32")
+    code = base64.b64encode(ENGINE.encode()).decode()
+    with pytest.raises(Error, match=message):
+        blank.evaluate(LOAD.replace("const bytes", change + ";\n  const bytes"), [code, data])
+        blank.evaluate("read([1])")
+
+
+# --- the page
+
+
+@pytest.fixture(scope="module")
+def saved(tiny, tmp_path_factory):
+    file = tmp_path_factory.mktemp("page") / "tiny.html"
+    model_page(tiny).save(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def context(launch, tmp_path_factory):
+    return launch(
+        tmp_path_factory.mktemp("reader"), offline=True, viewport=dict(width=1200, height=900)
+    )
+
+
+@pytest.fixture
+def open_page(context, saved):
+    "Opens the page from the disk; afterwards nothing may have been asked for or gone wrong."
+    pages, asked, wrong = [], [], []
+
+    def start(path=saved, **media) -> Page:
+        page = context.new_page()
+        pages.append(page)
+        own = ("file:", "data:", "blob:")
+        page.on("request", lambda r: None if r.url.startswith(own) else asked.append(r.url))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+        page.emulate_media(**media)
+        page.goto(path.as_uri())
+        return page
+
+    yield start
+    for page in pages:
+        page.close()
+    assert (asked, wrong) == ([], [])
+
+
+def tokens_of(page: Page) -> list[str]:
+    return page.locator("#tokens span").all_text_contents()
+
+
+def set_control(page: Page, name: str, value: float) -> None:
+    page.locator(f"input[name={name}]").fill(str(value))
+
+
+def test_the_file_is_small(saved):
+    assert saved.stat().st_size < 1_000_000
+
+
+def test_writes_greedily_what_generate_writes(open_page, tiny, rounded):
+    page = open_page()
+    prompt = page.locator("#prompt").input_value()
+    set_control(page, "temperature", 0)
+    page.get_by_role("button", name="Write").click()
+    expect(page.locator("#said")).to_contain_text("200 tokens in", timeout=60_000)
+    ids = encode_prompt(tiny.tokenizer, prompt)
+    cfg = SampleConfig(temperature=0, max_new_tokens=200)
+    expected = generate(rounded, torch.tensor([ids]), cfg)[0].tolist()
+    assert "".join(tokens_of(page)) == tiny.tokenizer.decode(expected)
+    loss = float(page.locator("#loss").inner_text().split()[4])
+    assert 0 < loss < 1
+
+
+def test_alternatives_bend_and_can_be_taken(open_page, tiny, rounded):
+    page = open_page()
+    page.locator("#prompt").fill(" = Greta Holt = \n Greta Holt ( 18")
+    rows = page.locator("#token tbody tr")
+    expect(page.locator("#token caption")).to_contain_text("Next token")
+    expect(rows).to_have_count(10)
+    ids = encode_prompt(tiny.tokenizer, " = Greta Holt = \n Greta Holt ( 18")
+    with torch.no_grad():
+        p = rounded(torch.tensor([ids]))[0, -1].softmax(-1)
+    set_control(page, "temperature", 1)
+    best = p.topk(10)
+    for row, value in zip(rows.all(), best.values.tolist()):
+        own, bent = row.locator("td.number").all_inner_texts()
+        assert own == bent and abs(float(own.strip("< %")) - 100 * value) < 0.11
+    set_control(page, "top_k", 1)
+    assert rows.first.locator("td.number").nth(1).inner_text() == "100.0 %"
+    assert rows.nth(1).locator("td.number").nth(1).inner_text() == "0 %"
+    second = tiny.tokenizer.decode([best.indices[1].item()])
+    rows.nth(1).get_by_role("button").click()
+    assert tokens_of(page)[-1] == second
+    before = tokens_of(page)
+    page.locator("#tokens span").nth(3).click()
+    expect(page.locator("#token caption")).to_contain_text("In place of")
+    rows.first.get_by_role("button").click()
+    assert tokens_of(page)[:3] == before[:3] and len(tokens_of(page)) == 4
+
+
+def test_keys_go_from_token_to_token(open_page):
+    page = open_page()
+    box = page.locator("#tokens")
+    box.focus()
+    page.keyboard.press("Home")
+    expect(page.locator("#token")).to_contain_text("nothing came before it")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#token caption")).to_contain_text("In place of")
+    assert box.get_attribute("aria-activedescendant") == "token-1"
+    page.keyboard.press("Escape")
+    expect(page.locator("#token caption")).to_contain_text("Next token")
+
+
+def test_a_head_switched_off_changes_the_loss(open_page, tiny, rounded):
+    page = open_page()
+    prompt = (
+        " = Greta Holt = \n Greta Holt ( 1839 – 1880 ) was a Danish painter of Dunham . Miss Holt"
+    )
+    page.locator("#prompt").fill(prompt)
+    ids = torch.tensor([encode_prompt(tiny.tokenizer, prompt)])
+
+    def loss() -> float:
+        with torch.no_grad():
+            return torch.nn.functional.cross_entropy(rounded(ids)[0, :-1], ids[0, 1:]).item()
+
+    whole = loss()
+    with silenced(rounded, [(1, 2)]):
+        without = loss()
+    page.get_by_role("button", name="switch off head 2 of layer 1").click()
+    expect(page.locator("#loss")).to_contain_text("without 1.2")
+    found = page.locator("#loss").inner_text().replace(";", "").split()
+    shown = [float(word) for word in (found[6], found[-1].rstrip("."))]
+    assert abs(shown[0] - without) < 0.002 and abs(shown[1] - whole) < 0.002
+
+
+def test_the_map_shows_the_weights(open_page, tiny, rounded):
+    page = open_page()
+    prompt = " = Greta Holt = \n Greta Holt ( 1839"
+    page.locator("#prompt").fill(prompt)
+    ids = encode_prompt(tiny.tokenizer, prompt)
+    host = page.locator("#map .attention-map[data-ready]")
+    host.wait_for()
+    page.wait_for_timeout(400)  # the map is drawn once typing has ended
+    with torch.no_grad():
+        weights = rounded(torch.tensor([ids]), return_weights=True)[1][:, 0]
+    found = host.evaluate(
+        "(host, T) => [0, 1].map((l) => host.attentionMap.weight(l, 2, T - 1, 3))", len(ids)
+    )
+    assert_close(torch.tensor(found), weights[:, 2, -1, 3].float(), rtol=0.003, atol=1e-4)
+    page.locator("#tokens span").nth(5).click()
+    assert host.evaluate("(host) => host.attentionMap.state.token") == 5
+
+
+@pytest.mark.parametrize(
+    "prompt, said",
+    [
+        ("", "The prompt is empty"),
+        ("x" * 100_000, "the model sees at most 192: it reads the last 192"),
+        (" = \U0001f600 = \n", None),
+        ("\u0634\u0645\u0633 \u05e9\u05de\u05e9", None),
+        ("</script><b>bold</b><!--", None),
+    ],
+)
+def test_prompts_that_nobody_expected(open_page, prompt, said):
+    page = open_page()
+    page.locator("#prompt").fill(prompt)
+    if said:
+        expect(page.locator("#said")).to_contain_text(said, timeout=30_000)
+    else:
+        expect(page.locator("#token caption")).to_contain_text("Next token")
+        page.get_by_role("button", name="One token").click()
+        expect(page.locator("#said")).to_have_text("")
+    assert page.locator("#tokens b").count() == 0
+    page.locator("#prompt").fill(" = The")  # and the page goes on
+    expect(page.locator("#said")).to_have_text("")
+    page.get_by_role("button", name="One token").click()
+    assert "".join(tokens_of(page)).startswith(" = The")
+
+
+def test_half_of_a_character(open_page):
+    page = open_page()
+    page.evaluate(
+        """() => {
+          const prompt = document.getElementById("prompt");
+          prompt.value = " = a\ud83d";
+          prompt.dispatchEvent(new Event("input"));
+        }"""
+    )
+    expect(page.locator("#said")).to_contain_text("half of a character")
+
+
+def test_a_file_that_was_cut_or_a_model_that_diverged(open_page, tiny, tmp_path):
+    data = model_page(tiny).html
+    cut = tmp_path / "cut.html"
+    start = data.index('"weights": "') + 2000
+    cut.write_text(data[:start] + data[start + 4000 :], encoding="utf-8")
+    page = open_page(cut)
+    expect(page.get_by_role("alert")).to_contain_text("The model cannot be read")
+    expect(page.locator("#app")).to_be_hidden()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_serious_in_an_audit(open_page, scheme):
+    page = open_page(color_scheme=scheme)
+    page.locator("#tokens span").nth(2).click()
+    found = Axe().run(page).response["violations"]
+    serious = [v for v in found if v["impact"] in ("serious", "critical")]
+    assert [(v["id"], node["html"]) for v in serious for node in v["nodes"]] == []
+
+
+def test_without_scripts(launch, saved, tmp_path):
+    page = launch(tmp_path, java_script_enabled=False).new_page()
+    page.goto(saved.as_uri())
+    assert "needs JavaScript, which is switched off" in page.inner_text("noscript")
+    assert "Bergdahl" in page.inner_text("noscript pre")
+
+
+def test_fits_a_phone(open_page):
+    page = open_page()
+    page.set_viewport_size(dict(width=390, height=800))
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+
+
+def test_the_command_writes_the_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["page", "tiny", "tiny.html", "--prompt", " = Holt"])
+    assert "tiny.html holds the model, 0.5" in capsys.readouterr().out
+    assert '"prompt": " = Holt"' in (tmp_path / "tiny.html").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit, match="tiny.html is there already: give the name of a new"):
+        main(["page", "tiny", "tiny.html"])

@@ -1,0 +1,477 @@
+// A model in a page: it writes, shows what else could have come, and draws where it looked.
+// `engine` is engine.js and `attention_map` is attention_map.js; model_page.py puts all of them into
+// one file. What a model writes is only ever set as text, never as HTML.
+import { describe, drawMap } from "attention_map";
+import {
+  drawToken,
+  nextDistribution,
+  randomNumbers,
+  readTensors,
+  SETTINGS,
+  softmax,
+  Text,
+  Tokenizer,
+  Transformer,
+  unpack,
+} from "engine";
+
+const $ = (id) => document.getElementById(id);
+const LONGEST = 200; // tokens that one click on Write adds at most
+const SHOWN = 10; // tokens in the list of what could come
+
+function make(tag, properties = {}, ...children) {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
+}
+
+const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣") || "∅";
+
+function percent(p) {
+  if (p === 0) return "0 %";
+  if (p < 1e-4) return "< 0.01 %";
+  return `${(100 * p).toFixed(p < 0.01 ? 2 : 1)} %`;
+}
+
+// --- the state of the page
+
+const data = JSON.parse($("data").textContent);
+const random = randomNumbers(Date.now());
+const page = {
+  model: null,
+  tokenizer: null,
+  prompt: 0, // how many of the tokens are the prompt
+  text: null, // what the model has read, with its heads off
+  whole: null, // the same text with every head on; the same object if none is off
+  before: [], // for each token the logits (V) that came before it
+  off: new Set(), // "layer.head" of those that are switched off
+  chosen: null, // index of the token that is shown; null: the next one
+  running: false,
+  map: 0, // how often the map has been asked for
+  typing: null, // the timer that waits for the end of typing; null if nothing was typed
+};
+
+function say(message, wrong = false) {
+  $("said").textContent = message;
+  $("said").classList.toggle("wrong", wrong);
+}
+
+function settings() {
+  const given = [...$("controls").querySelectorAll("input")].map((input) => [
+    input.name,
+    Number(input.value),
+  ]);
+  return { ...SETTINGS, ...Object.fromEntries(given) };
+}
+
+function push(id) {
+  page.before.push(page.text.logits);
+  page.text.push(id);
+  if (page.whole !== page.text) page.whole.push(id);
+}
+
+/** Read these tokens from the start. */
+function restart(ids) {
+  page.before = [];
+  page.text = new Text(page.model, page.off);
+  page.whole = page.off.size ? new Text(page.model) : page.text;
+  for (const id of ids) push(id);
+}
+
+/** What the prompt says, cut to what the model can see. */
+function readPrompt() {
+  clearTimeout(page.typing);
+  page.typing = null;
+  const { seq_len: context } = page.model.config;
+  const prompt = $("prompt").value;
+  const ids = page.tokenizer.encode(prompt);
+  page.chosen = null;
+  page.prompt = Math.min(ids.length, context);
+  restart(ids.slice(-context));
+  $("tokens").replaceChildren();
+  if (ids.length === 0) say("The prompt is empty: give the model at least one character.");
+  else if (ids.length > context)
+    say(
+      `The prompt has ${ids.length.toLocaleString("en")} tokens, and the model sees at most` +
+        ` ${context}: it reads the last ${context}.`,
+    );
+  else if (!prompt.isWellFormed())
+    say("The prompt holds half of a character; the model reads � in its place.");
+  else say("");
+  showAll();
+}
+
+// --- the text
+
+function probability(i) {
+  const logits = page.before[i];
+  return logits && softmax(logits)[page.text.ids[i]];
+}
+
+function makeOption(id, piece, i) {
+  const node = make("span", { id: `token-${i}`, tokenId: id, piece, textContent: piece });
+  node.setAttribute("role", "option");
+  node.setAttribute("aria-label", visible(page.tokenizer.show(id)));
+  node.classList.toggle("prompt", i < page.prompt);
+  const p = probability(i) ?? 1;
+  const share = (45 * (1 - p)).toFixed(0);
+  node.style.background = `color-mix(in srgb, var(--rare) ${share}%, transparent)`;
+  return node;
+}
+
+function showText() {
+  const box = $("tokens");
+  const { ids } = page.text;
+  const pieces = page.tokenizer.pieces(ids);
+  const nodes = [...box.children];
+  const isOther = (node, i) => node.tokenId !== ids[i] || node.piece !== pieces[i];
+  const changed = nodes.findIndex(isOther);
+  if (changed >= 0) for (const node of nodes.slice(changed)) node.remove();
+  for (let i = box.children.length; i < ids.length; i++)
+    box.append(makeOption(ids[i], pieces[i], i));
+  for (const [i, node] of [...box.children].entries())
+    node.setAttribute("aria-selected", String(i === page.chosen));
+  if (page.chosen === null) box.removeAttribute("aria-activedescendant");
+  else box.setAttribute("aria-activedescendant", `token-${page.chosen}`);
+}
+
+// --- what could come
+
+function distributions() {
+  const i = page.chosen ?? page.text.ids.length;
+  const logits = page.chosen === null ? page.text.logits : page.before[i];
+  if (!logits) return null;
+  const ids = page.text.ids.slice(0, i);
+  return {
+    own: softmax(logits),
+    bent: nextDistribution(logits, ids, ids.slice(page.prompt), settings()),
+  };
+}
+
+function showAlternatives() {
+  const found = page.text.ids.length ? distributions() : null;
+  if (!found) {
+    const why = page.text.ids.length
+      ? "This is the first token: nothing came before it, so the model was not asked for it."
+      : "There is no text yet.";
+    $("token").replaceChildren(make("p", { className: "soft", textContent: why }));
+    return;
+  }
+  const { own, bent } = found;
+  const order = [...own.keys()].sort((a, b) => bent[b] - bent[a] || own[b] - own[a]);
+  const current = page.chosen === null ? null : page.text.ids[page.chosen];
+  const rows = order.slice(0, SHOWN);
+  if (current !== null && !rows.includes(current)) rows.push(current);
+  const title =
+    current === null ? "Next token: " : `In place of “${visible(page.tokenizer.show(current))}”: `;
+  const caption = make("caption", {}, make("strong", { textContent: title }));
+  caption.append("the model’s probability, and below it the one after your settings");
+  $("token").replaceChildren(
+    make("table", {}, caption, make("tbody", {}, ...rows.map((id) => makeRow(id, own, bent)))),
+  );
+}
+
+function makeRow(id, own, bent) {
+  const bar = (p) => {
+    const div = make("div");
+    div.style.width = `${(100 * p).toFixed(2)}%`;
+    return div;
+  };
+  const text = page.tokenizer.show(id);
+  const button = make("button", { type: "button", className: "small", textContent: visible(text) });
+  button.title = page.chosen === null ? "write this token" : "take this token instead";
+  button.addEventListener("click", () => take(id));
+  const isCurrent = page.chosen !== null && page.text.ids[page.chosen] === id;
+  return make(
+    "tr",
+    { className: isCurrent ? "chosen" : "" },
+    make("td", {}, button),
+    make("td", { className: "number", textContent: percent(own[id]) }),
+    make("td", { className: "number", textContent: percent(bent[id]) }),
+    make("td", { className: "bar" }, bar(own[id]), bar(bent[id])),
+  );
+}
+
+/** Write this token: next, or in place of the chosen one, and forget what came after. */
+function take(id) {
+  if (page.running) return;
+  if (page.chosen !== null) {
+    const ids = page.text.ids.slice(0, page.chosen);
+    page.prompt = Math.min(page.prompt, page.chosen);
+    page.chosen = null;
+    restart(ids);
+  }
+  push(id);
+  say(`“${visible(page.tokenizer.show(id))}” was written; the text goes on from there.`);
+  showAll();
+}
+
+// --- heads and loss
+
+/** Nats per token that follows another in the text. */
+function meanLoss(text) {
+  const { ids, surprises } = text;
+  return ids.length < 2 ? null : surprises.reduce((sum, s) => sum + s, 0) / surprises.length;
+}
+
+function showLoss() {
+  const [now, whole] = [meanLoss(page.text), meanLoss(page.whole)];
+  if (now === null) $("loss").textContent = "";
+  else if (page.off.size === 0)
+    $("loss").textContent = `Loss of this text: ${whole.toFixed(3)} nats per token.`;
+  else
+    $("loss").textContent =
+      `Loss of this text without ${[...page.off].join(", ")}: ${now.toFixed(3)} nats per token;` +
+      ` with every head ${whole.toFixed(3)}.`;
+}
+
+function makeHeads() {
+  const { num_layers: layers, num_heads: heads } = page.model.config;
+  for (let layer = 0; layer < layers; layer++)
+    for (let head = 0; head < heads; head++) {
+      const name = `${layer}.${head}`;
+      const button = make("button", { type: "button", className: "small", textContent: name });
+      button.setAttribute("aria-pressed", "false");
+      button.setAttribute("aria-label", `switch off head ${head} of layer ${layer}`);
+      button.addEventListener("click", () => switchHead(name, button));
+      $("heads").append(button);
+    }
+}
+
+function switchHead(name, button) {
+  if (page.running) return;
+  if (!page.off.delete(name)) page.off.add(name);
+  button.setAttribute("aria-pressed", String(page.off.has(name)));
+  const { ids } = page.text;
+  restart(ids);
+  $("tokens").replaceChildren(); // what the model thinks of them has changed
+  showAll();
+}
+
+// --- the map
+
+const FLOOR = 1e-8; // the smallest weight that the map shows, in 16 bits
+
+function mapData() {
+  const { num_layers: layers, num_heads: heads } = page.model.config;
+  const { traces } = page.text; // of the tokens in the window
+  const D = page.model.headDim;
+  const T = traces.length;
+  const size = (T * (T + 1)) / 2;
+  const codes = new Uint16Array(layers * heads * size);
+  const vectors = new Float32Array(3 * layers * heads * T * D);
+  const code = (w) => (w < FLOOR ? 0 : Math.round(65535 - (65534 * Math.log(w)) / Math.log(FLOOR)));
+  for (const [t, trace] of traces.entries())
+    for (const [l, layer] of trace.layers.entries())
+      for (let h = 0; h < heads; h++) {
+        const start = (l * heads + h) * size + (t * (t + 1)) / 2;
+        for (let s = 0; s <= t; s++) codes[start + s] = code(layer.weights[h][s]);
+        for (const [kind, vector] of [layer.q, layer.k, layer.v].entries())
+          vectors.set(
+            vector.subarray(h * D, (h + 1) * D),
+            (((kind * layers + l) * heads + h) * T + t) * D,
+          );
+      }
+  const tokens = page.text.ids.slice(-T).map((id) => page.tokenizer.show(id));
+  const numbers = (n) => [...Array(n).keys()];
+  const shape = { tokens, layers: numbers(layers), heads: numbers(heads), head_dim: D };
+  return describe({ ...shape, title: "", statistics: {}, bits: 16, floor: FLOOR }, codes, vectors);
+}
+
+/** Draw the map of the text, once nothing has changed for a moment. */
+function showMap() {
+  const asked = ++page.map;
+  setTimeout(async () => {
+    if (asked !== page.map || !$("map-details").open || page.running) return;
+    if (page.text.ids.length < 2) {
+      $("map").textContent = "A map needs at least two tokens.";
+      return;
+    }
+    const old = $("map").firstElementChild?.attentionMap?.state;
+    page.endMap?.();
+    const host = make("div", { className: "attention-map" });
+    host.dataset.begun = "true";
+    $("map").replaceChildren(host);
+    page.endMap = await drawMap(host, mapData());
+    if (old) host.attentionMap.choose({ layer: old.layer, head: old.head });
+    chooseInMap();
+  }, 150);
+}
+
+/** Show the chosen token in the map, too, if the model still sees it. */
+function chooseInMap() {
+  const map = $("map").firstElementChild?.attentionMap;
+  const first = page.text.ids.length - page.text.traces.length;
+  if (map && page.chosen !== null && page.chosen >= first)
+    map.choose({ token: page.chosen - first });
+}
+
+// --- what can be asked for
+
+function showAll() {
+  showText();
+  showAlternatives();
+  showLoss();
+  $("write").disabled = $("one").disabled = page.running || !page.text.ids.length;
+  $("stop").disabled = !page.running;
+  if (!page.running) showMap();
+}
+
+function writeOne() {
+  const { ids, logits } = page.text;
+  const p = nextDistribution(logits, ids, ids.slice(page.prompt), settings());
+  push(drawToken(p, random()));
+}
+
+/** Do not wait any longer for the end of typing. */
+function finishTyping() {
+  if (page.typing !== null) readPrompt();
+}
+
+/** Write many tokens, as many in each frame as there is time for. */
+function write() {
+  finishTyping();
+  if (page.running || !page.text.ids.length) return;
+  page.running = true;
+  page.chosen = null;
+  const began = performance.now();
+  let written = 0;
+  say("writing …");
+  const frame = guarded(() => {
+    const until = performance.now() + 10;
+    while (page.running && written < LONGEST && performance.now() < until) {
+      writeOne();
+      written++;
+    }
+    const done = !page.running || written >= LONGEST;
+    if (done) {
+      page.running = false;
+      say(`${written} tokens in ${((performance.now() - began) / 1000).toFixed(2)} s`);
+    } else requestAnimationFrame(frame);
+    showAll();
+    $("tokens").scrollTop = $("tokens").scrollHeight;
+  });
+  requestAnimationFrame(frame);
+}
+
+/** The function, with a sentence in place of an error. */
+function guarded(work) {
+  return (...args) => {
+    try {
+      return work(...args);
+    } catch (error) {
+      page.running = false;
+      say(error.message, true);
+    }
+  };
+}
+
+function choose(i) {
+  if (page.running) return;
+  page.chosen = i;
+  showText();
+  showAlternatives();
+  chooseInMap();
+}
+
+function moveChoice(event) {
+  const last = page.text.ids.length - 1;
+  const at = page.chosen ?? last + 1;
+  const to = {
+    ArrowRight: at + 1,
+    ArrowDown: at + 1,
+    ArrowLeft: at - 1,
+    ArrowUp: at - 1,
+    Home: 0,
+    End: last,
+    Escape: last + 1,
+  }[event.key];
+  if (to === undefined || last < 0) return;
+  event.preventDefault();
+  choose(to > last ? null : Math.max(0, to));
+  if (page.chosen !== null) $(`token-${page.chosen}`).scrollIntoView({ block: "nearest" });
+}
+
+function listen() {
+  $("prompt").addEventListener("input", () => {
+    page.running = false;
+    clearTimeout(page.typing);
+    page.typing = setTimeout(guarded(readPrompt), 120);
+  });
+  $("ask").addEventListener("submit", (event) => {
+    event.preventDefault();
+    guarded(write)();
+  });
+  $("one").addEventListener(
+    "click",
+    guarded(() => {
+      finishTyping();
+      if (!page.text.ids.length) return;
+      page.chosen = null;
+      writeOne();
+      say("");
+      showAll();
+    }),
+  );
+  $("stop").addEventListener("click", () => {
+    page.running = false;
+  });
+  $("clear").addEventListener("click", guarded(readPrompt));
+  $("tokens").addEventListener("click", ({ target }) => {
+    if (target.role === "option") choose([...$("tokens").children].indexOf(target));
+  });
+  $("tokens").addEventListener("keydown", moveChoice);
+  $("controls").addEventListener("input", ({ target }) => {
+    const { value, name } = target;
+    target.previousElementSibling.textContent = name === "top_k" && value === "0" ? "all" : value;
+    showAlternatives();
+  });
+  $("map-details").addEventListener("toggle", showMap);
+}
+
+function makeExamples() {
+  for (const example of data.examples) {
+    const button = make("button", {
+      type: "button",
+      className: "small",
+      textContent: visible(example).slice(0, 40),
+    });
+    button.addEventListener("click", () => {
+      page.running = false;
+      $("prompt").value = example;
+      guarded(readPrompt)();
+    });
+    $("examples").append(button);
+  }
+}
+
+async function start() {
+  const tensors = readTensors(await unpack(data.weights), data.shapes, data.dtype);
+  page.model = new Transformer(data.config, tensors);
+  const json = new TextDecoder().decode(await unpack(data.tokenizer));
+  page.tokenizer = new Tokenizer(JSON.parse(json));
+  $("app").hidden = false;
+  makeHeads();
+  makeExamples();
+  listen();
+  $("prompt").value = data.prompt;
+  guarded(readPrompt)();
+  document.documentElement.dataset.ready = "true";
+}
+
+/** Inside a frame: be as tall as the content, so that nothing scrolls twice. */
+function fitFrame() {
+  const frame = window.frameElement;
+  if (!frame) return;
+  const fit = () => {
+    frame.style.height = `${document.documentElement.scrollHeight}px`;
+  };
+  new ResizeObserver(fit).observe(document.body);
+}
+
+start().catch((error) => {
+  $("about").after(
+    make("p", { role: "alert", textContent: `The model cannot be read: ${error.message}.` }),
+  );
+});
+fitFrame();
