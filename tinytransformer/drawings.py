@@ -223,8 +223,10 @@ class Sheet:
         )
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" class="{CLASS}" viewBox="{size}" role="img"'
-            f' style="{look}"><title>{quoted(self.title)}</title><desc>{quoted(self.alt)}</desc>'
-            f"<style>\n{style()}\n</style>\n" + "\n".join(self.parts) + "\n</svg>"
+            f' style="{look}"><title>{html.escape(self.title)}</title>'
+            f"<desc>{quoted(self.alt)}</desc><style>\n{style()}\n</style>\n"
+            + "\n".join(self.parts)
+            + "\n</svg>"
         )
 
     def _repr_html_(self) -> str:
