@@ -79,7 +79,7 @@ def penalise_repetition(
     ids: torch.Tensor,  # (B, T) the text so far
     penalty: float,
 ) -> torch.Tensor:  # (B, V)
-    "Divide positive logits of used tokens by `penalty`, multiply negative ones (Keskar et al., 2019)."
+    "Divide positive logits of used tokens by the penalty, multiply others (Keskar et al., 2019)."
     used = logits.gather(1, ids)  # (B, T)
     return logits.scatter(1, ids, torch.where(used > 0, used / penalty, used * penalty))
 
