@@ -706,7 +706,7 @@ def draw_heads(
     qkv = d.operation(110, 62, 140, "linear C → 3C")
     d.arrow(x.bottom(), qkv.top())
     d.text(188, 100, "`" + d.shape("qkv", "B", "T", "3C"), "start")
-    d.operation(40, 192, 280, "split into heads")
+    d.operation(14, 192, 332, "split into heads")
     for (role, name), middle in zip(PARTS.items(), (70, 180, 290)):
         part = d.grid(middle - 4.5 * H * D, 132, by_head(H, D), 9, 9, role)
         d.arrow(qkv.bottom(), (180, 114), (middle, 114), part.top())
@@ -716,7 +716,7 @@ def draw_heads(
     d.text(180, 230, "`q, k, v " + d.shape("heads", "B", "H", "T", "D"))
     w = (356 - 12 * (H - 1)) / H
     outputs = [draw_one_head(d, Box(2 + h * (w + 12), 246, w, 192), h, H, D) for h in range(H)]
-    join = d.operation(40, 458, 280, "join the heads")
+    join = d.operation(14, 458, 332, "join the heads")
     for output in outputs:
         d.arrow(output.bottom(), (output.centre[0], join.y), role="value")
     joined = d.grid(180 - 4.5 * H * D, 508, by_head(H, D), 9, 9, "value")
