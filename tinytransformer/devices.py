@@ -234,8 +234,8 @@ class Interrupted(BaseException):
 
 @contextmanager
 def raise_on_stop_signals() -> Iterator[None]:
-    """While the body runs, each of `STOP_SIGNALS` raises `Interrupted`, so that what is half written
-    is removed; Ctrl-C raises `KeyboardInterrupt` as always. What was ignored is ignored still.
+    """While the body runs, each of `STOP_SIGNALS` raises `Interrupted`, so that half-written files
+    are removed; Ctrl-C raises `KeyboardInterrupt` as always. What was ignored is ignored still.
     """
 
     def interrupt(number, frame):

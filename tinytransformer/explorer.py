@@ -107,8 +107,8 @@ def look(
             hook.remove()
         model.train(was_training)
     loss = F.cross_entropy(logits[0, :-1], x[0, 1:]).item()
-    on_cpu = (t.cpu() for t in (weights[:, 0], torch.stack(vectors, dim=1), logits[0]))
-    return Look(list(tokens), *on_cpu, loss)
+    seen = weights[:, 0].cpu(), torch.stack(vectors, dim=1).cpu()
+    return Look(list(tokens), *seen, logits[0].cpu(), loss)
 
 # %% ../nbs/appendix/explorer.ipynb #0cb7df1c
 def byte_table() -> dict[str, int]:

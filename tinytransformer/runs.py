@@ -6,9 +6,9 @@
 __all__ = ['MAX_EXCESS_LOSS', 'MIN_FACT_RECALL', 'TRAINED_FOLDER', 'TRAINED', 'installed_version', 'processor', 'environment',
            'git_commit', 'run_lock', 'check_new_folder', 'check_run_folder', 'is_compile_error',
            'explain_training_errors', 'summary', 'near_floor', 'compare_with_floor', 'Run', 'Job', 'resolve_settings',
-           'train_run', 'report_jump', 'build_model', 'describe_checkpoints', 'train_model', 'undisturbed',
-           'whole_model', 'write_settings', 'draw_curve', 'write_results', 'read_run_config', 'read_run_tokenizer',
-           'check_finite', 'load_run', 'find_data', 'prepare_again', 'run_data']
+           'train_run', 'report_jump', 'build_model', 'describe_checkpoints', 'train_model', 'write_sample',
+           'undisturbed', 'whole_model', 'write_settings', 'draw_curve', 'write_results', 'read_run_config',
+           'read_run_tokenizer', 'check_finite', 'load_run', 'find_data', 'prepare_again', 'run_data']
 
 # %% ../nbs/appendix/runs.ipynb #9d219095
 import io
@@ -482,13 +482,7 @@ def train_model(
             return
         whole = whole_model(net, accelerator)  # every process must give its part
         if accelerator.is_main_process:
-            by_products.attempt("the sample", lambda: write_sample(whole, row["step"]))
-
-    def write_sample(model, step):
-        with undisturbed(model):
-            text = write(model)
-        if text:
-            run_log.log_sample(text, step)
+            by_products.attempt("the sample", lambda: write_sample(whole, write, run_log, row))
 
     def keep(row):
         if accelerator.is_main_process:
@@ -524,6 +518,16 @@ def train_model(
         )
     if late := agree_on_signal(signals, accelerator):  # it came during the last evaluation
         raise Stopped(late, checkpoints.saved or done)
+
+
+def write_sample(
+    model: Transformer, write: Callable[[Transformer], str], run_log: RunLog, row: dict
+) -> None:
+    "Let `write` give a text, and keep it with the step of the row, if it is not empty."
+    with undisturbed(model):
+        text = write(model)
+    if text:
+        run_log.log_sample(text, row["step"])
 
 
 @contextmanager

@@ -358,7 +358,9 @@ def listen(cfg: ServeConfig) -> socket.socket:
 
 
 def serve(run: Run, cfg: ServeConfig) -> None:
-    "Answer until Ctrl-C, SIGTERM or another of `STOP_SIGNALS`; `InputError` if the address cannot be had."
+    """Answer until Ctrl-C, SIGTERM or another of `STOP_SIGNALS`. Raises `InputError` if the address
+    cannot be had.
+    """
     listener = listen(cfg)
     if torch.cuda.is_available():
         run.model.cuda()
