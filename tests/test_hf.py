@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SMALL
+from conftest import ROOT, SMALL
 from tokenizers import Tokenizer, models
 from torch.testing import assert_close
 
@@ -683,6 +683,15 @@ def text_of_tokens(run, n: int) -> str:
     return text
 
 
+def serving_arguments() -> dict[str, str]:
+    "The `--model_args` of the command in *Serving*."
+    cells = json.loads((ROOT / "nbs/appendix/serve.ipynb").read_text())["cells"]
+    (text,) = ["".join(c["source"]) for c in cells if "local-completions" in "".join(c["source"])]
+    command = re.search(r"lm_eval --model local-completions.*?(?=```)", text, re.S)
+    words = shlex.split(command[0].replace("\\\n", ""))
+    return dict(each.split("=", 1) for each in words[words.index("--model_args") + 1].split(","))
+
+
 def test_the_harness_takes_it_as_it_is(exported, workspace, tmp_path, monkeypatch):
     "`lm_eval --model hf --model_args pretrained=FOLDER`, without a further argument."
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -697,8 +706,9 @@ def test_the_harness_takes_it_as_it_is(exported, workspace, tmp_path, monkeypatc
 
 
 def test_the_harness_asks_our_server_for_full_windows(exported, workspace, tmp_path, monkeypatch):
-    """It sends a prompt of T tokens and asks for one more, T + 1 in all, because it wants the
-    log-probabilities of the prompt. The last token is only written, so there is room for it.
+    """With the arguments that *Serving* gives. The harness sends a prompt of T tokens and asks for
+    one more, T + 1 in all, because it wants the log-probabilities of the prompt. The last token is
+    only written, so there is room for it.
     """
     pytest.importorskip("tenacity")  # the harness asks for it where it speaks to a server
     import uvicorn
@@ -716,11 +726,14 @@ def test_the_harness_asks_our_server_for_full_windows(exported, workspace, tmp_p
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
+        given = serving_arguments()
+        assert int(given["max_length"]) == load_run("tiny").model.cfg.seq_len + 1
+        given |= dict(model="small", base_url=url, tokenizer=exported, max_length=T + 1)
         try:
             found = harness_nats(
                 tmp_path / "task",
                 model="local-completions",
-                model_args=f"model=small,base_url={url},tokenizer={exported},max_length={T + 1}",
+                model_args=",".join(f"{name}={value}" for name, value in given.items()),
             )
         finally:
             server.should_exit = True
