@@ -3,8 +3,11 @@ code, and training that begins from a GPT-2."""
 
 import copy
 import json
+import math
 import os
+import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -13,6 +16,7 @@ import sys
 import threading
 import time
 import urllib.request
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,12 +24,24 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL
+from tokenizers import Tokenizer, models
 from torch.testing import assert_close
 
 from tinytransformer.cli import main
 from tinytransformer.engine import complete
+from tinytransformer.files import InputError
 from tinytransformer.generate import KVCache, SampleConfig, next_logits
-from tinytransformer.hf import from_hf, hf_names, is_transposed, to_hf
+from tinytransformer.hf import (
+    END_TOKENS,
+    PAD_TOKENS,
+    export,
+    from_hf,
+    hf_names,
+    is_transposed,
+    special_names,
+    to_hf,
+    with_special_tokens,
+)
 from tinytransformer.model import Transformer, next_token_loss
 from tinytransformer.runs import load_run
 
@@ -307,6 +323,284 @@ def test_export_refuses(here, exported, capsys):
     assert sorted(exported.iterdir()) == before and not Path("new").exists()
 
 
+# an exported folder in other programs. `OPENED` runs in a process of its own, without our code.
+OPENED = """
+import json, sys
+sys.modules["tinytransformer"] = None  # whoever imports it gets an error
+import transformers
+folder, texts = sys.argv[1], json.loads(sys.argv[2])
+transformers.logging.set_verbosity_error()
+writer = transformers.pipeline("text-generation", model=folder, batch_size=2)
+as_written = dict(clean_up_tokenization_spaces=False)
+settings = dict(do_sample=False, max_new_tokens=8) | as_written
+read, short = writer.tokenizer, texts[:3]
+special = {role: read.special_tokens_map[role] for role in ("bos_token", "eos_token", "pad_token")}
+found = dict(
+    version=transformers.__version__,
+    dtype=str(writer.model.dtype),
+    single=[writer(text, **settings)[0]["generated_text"] for text in short],
+    batch=[row[0]["generated_text"] for row in writer(short, **settings)],
+    filled=len(writer(texts[0], return_tensors=True)[0]["generated_token_ids"]),
+    keys=sorted(read(texts)),
+    ids=[read(text).input_ids for text in texts],
+    decoded=[read.decode(read(text).input_ids) for text in texts],
+    special={role: [name, read.convert_tokens_to_ids(name)] for role, name in special.items()},
+)
+print(json.dumps(found))
+"""
+TEXTS = [
+    "The school",
+    "a",
+    "in 1839 , n't",
+    "He was born in 1839 , the eldest . It 's n't",
+    "ÿ þ À õ Łódź – \U0001f600\t\r\n x",
+]
+
+
+def check_opened(exported: Path, workspace: Path, env: dict[str, str]) -> str:
+    """Open an exported folder with the transformers of `env`, and return its version. Texts in a
+    batch, with padding on the left, are those that our own decoding writes one by one, and every
+    text is read as the same tokens; without a length, a text ends at the end of the context.
+    """
+    said = subprocess.run(
+        [sys.executable, "-c", OPENED, str(exported), json.dumps(TEXTS)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | env,
+    )
+    assert said.returncode == 0, said.stderr[-2000:]
+    found, run = json.loads(said.stdout.splitlines()[-1]), load_run(workspace / "runs/small")
+    settings = SampleConfig(max_new_tokens=8, temperature=0)
+    wanted = [complete(run.model, run.tokenizer, text, settings)[0] for text in TEXTS[:3]]
+    assert found["batch"] == found["single"] == wanted
+    assert found["ids"] == [run.tokenizer.encode(text).ids for text in TEXTS]
+    assert found["decoded"] == TEXTS
+    assert found["keys"] == ["attention_mask", "input_ids"] and found["dtype"] == "torch.float32"
+    assert found["filled"] <= run.model.cfg.seq_len
+    names = {role: name for role, (name, _) in found["special"].items()}
+    assert names == dict(bos_token=END_TOKENS[0], eos_token=END_TOKENS[0], pad_token=PAD_TOKENS[0])
+    vocab = run.tokenizer.get_vocab()
+    assert [found["special"][role][1] for role in ("eos_token", "pad_token")] == [
+        vocab["ÿ"],
+        vocab["þ"],
+    ]
+    return found["version"]
+
+
+def test_it_opens_and_batches_in_the_installed_transformers(exported, workspace):
+    "In the version that is installed here, 5 or later."
+    assert int(check_opened(exported, workspace, {}).split(".")[0]) >= 5
+
+
+@pytest.mark.slow
+def test_it_opens_and_batches_in_transformers_4(exported, workspace, tmp_path):
+    """In transformers 4.57.6 itself, which pip puts into a folder of its own; where pip cannot
+    reach a registry the test is left out.
+    """
+    packages = "transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2".split()
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    env = os.environ | dict(PIP_CONSTRAINT="")
+    got = subprocess.run(
+        [*command, str(tmp_path), *packages], capture_output=True, text=True, env=env
+    )
+    if got.returncode:
+        pytest.skip(f"pip cannot install transformers 4.57.6: {got.stderr[-200:]}")
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    version = check_opened(exported, workspace, dict(PYTHONPATH=os.pathsep.join(paths)))
+    assert version == "4.57.6"
+
+
+def test_fields_that_transformers_4_reads(exported):
+    """The fields in which 4.57 and 5 differ, as 4.57 needs them. That it opens such a folder, the
+    slow test above proves; this one keeps what was proved, on any machine.
+    """
+    tokenizer, config, generation = (
+        json.loads((exported / name).read_text())
+        for name in ("tokenizer_config.json", "config.json", "generation_config.json")
+    )
+    # 5 writes TokenizersBackend, which 4 does not know
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    # 4 would add token_type_ids, and GPT-2 adds the embedding of token 0 to each position for them
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
+    assert tokenizer["clean_up_tokenization_spaces"] is False
+    assert tokenizer["padding_side"] == "left" and tokenizer["model_max_length"] == 32
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+    vocab = json.loads((exported / "tokenizer.json").read_text())["model"]["vocab"]
+    for role in ("bos_token", "eos_token", "pad_token"):
+        i = vocab[tokenizer[role]]
+        assert config[f"{role}_id"] == generation[f"{role}_id"] == i < config["vocab_size"]
+    assert generation["max_length"] == config["n_positions"]
+    # otherwise a server would take the likeliest token whatever temperature it is asked for, and
+    # 4 and 5 would draw from the 50 likeliest
+    assert generation["do_sample"] is True and generation["top_k"] == 0
+
+
+def test_special_tokens_are_kept(workspace, tmp_path):
+    "A tokenizer with an end of text, as GPT-2's, keeps it, and its vocabulary is not touched."
+    from transformers import AutoTokenizer
+
+    run = load_run(workspace / "runs/small")
+    tokenizer = Tokenizer.from_str(run.tokenizer.to_str())
+    tokenizer.add_special_tokens([END_TOKENS[0]])
+    V = tokenizer.get_vocab_size()
+    model = Transformer(replace(run.model.cfg, vocab_size=V))
+    export(replace(run, model=model, tokenizer=tokenizer), tmp_path / "twin")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "twin")
+    assert theirs.bos_token_id == theirs.eos_token_id == theirs.pad_token_id == V - 1
+    assert theirs.get_vocab() == tokenizer.get_vocab() and len(theirs) == V
+    assert theirs.decode([V - 1]) == END_TOKENS[0]
+    assert theirs.decode([V - 1], skip_special_tokens=True) == ""
+    config = json.loads((tmp_path / "twin/generation_config.json").read_text())
+    assert config["eos_token_id"] == config["pad_token_id"] == V - 1
+
+
+def test_named_bytes_change_no_text():
+    "Random text of all of Unicode gets the same tokens, and never the two that got names."
+    ours = load_run("tiny").tokenizer
+    theirs, roles = with_special_tokens(ours)
+    special = {theirs.token_to_id(name) for name in roles.values()}
+    draw = random.Random(0)
+    assert len(special) == 2 and not set(special_names(ours))
+    for _ in range(300):
+        top = draw.choice([0x80, 0x800, 0x10000, 0x110000])
+        codes = [draw.randrange(top) for _ in range(40)]
+        text = "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)
+        ids = ours.encode(text).ids
+        assert theirs.encode(text).ids == ids and not special & set(ids)
+        assert theirs.decode(ids) == text
+    # ours is as it was
+    assert ours.token_to_id("ÿ") is not None and ours.token_to_id(END_TOKENS[0]) is None
+    # where they would not do any more: no byte-level vocabulary, so nothing is renamed
+    words = Tokenizer(models.WordLevel(dict(a=0, ÿ=1, þ=2), unk_token="a"))
+    assert with_special_tokens(words)[1] == {}
+
+
+def test_a_diverged_model_is_not_exported(workspace, tmp_path):
+    run = load_run(workspace / "runs/small")
+    with torch.no_grad():
+        run.model.blocks[0].ffn[0].bias[0] = float("nan")
+    with pytest.raises(InputError, match="blocks.0.ffn.0.bias holds numbers that are not finite"):
+        export(run, tmp_path / "twin")
+    assert not list(tmp_path.iterdir())
+
+
+def test_its_card_has_the_commands(exported, workspace):
+    "Python of the card runs as it stands, but for the folder's name; the shell's is parsed."
+    card = (exported / "README.md").read_text().replace("FOLDER", str(exported))
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    said = subprocess.run(
+        [sys.executable, "-c", code + "print(len(several))"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert said.returncode == 0 and said.stdout.splitlines()[-1] == "2", said.stderr
+    shell = "\n".join(re.findall(r"```sh\n(.*?)```", card, re.S)).replace("\\\n", "")
+    (line,) = [line for line in shell.splitlines() if line.startswith("curl")]
+    asked = json.loads(shlex.split(line)[-1])
+    assert asked["model"] == str(exported) and asked["max_tokens"]
+    subprocess.run(["bash", "-n", "-c", shell], check=True)
+
+
+# --- the evaluation harness
+
+
+def write_task(folder: Path, text: str) -> None:
+    "A task of lm-evaluation-harness: how likely is this text?"
+    folder.mkdir()
+    (folder / "text.json").write_text(json.dumps(dict(text=text)))
+    (folder / "ours.yaml").write_text(f"""
+task: ours
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {folder / "text.json"}}}}}
+validation_split: validation
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+""")
+
+
+def harness_nats(task: Path, **settings) -> float:
+    "The nats of a task's text, as the harness finds them."
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    found = lm_eval.simple_evaluate(
+        **settings,
+        tasks=["ours"],
+        task_manager=TaskManager(include_path=str(task), include_defaults=False),
+        bootstrap_iters=0,
+    )["results"]["ours"]
+    text = json.loads((task / "text.json").read_text())["text"]
+    return found["bits_per_byte,none"] * len(text.encode()) * math.log(2)
+
+
+def nats_after(run, before: int, ids: list[int]) -> float:
+    "What the model finds for `ids` after the token `before`, in one window."
+    with torch.no_grad():
+        logits = run.model(torch.tensor([[before, *ids[:-1]]]))[0]
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum").item()
+
+
+def text_of_tokens(run, n: int) -> str:
+    "A text of TinyWiki that is exactly so many tokens long."
+    ids = run.tokenizer.encode(
+        " = The Hollow Clock = \n The Hollow Clock is a statue . \n" * 9
+    ).ids[:n]
+    text = run.tokenizer.decode(ids)
+    assert run.tokenizer.encode(text).ids == ids
+    return text
+
+
+def test_the_harness_takes_it_as_it_is(exported, workspace, tmp_path, monkeypatch):
+    "`lm_eval --model hf --model_args pretrained=FOLDER`, without a further argument."
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run = load_run(workspace / "runs/small")
+    text = text_of_tokens(run, run.model.cfg.seq_len)
+    write_task(tmp_path / "task", text)
+    found = harness_nats(
+        tmp_path / "task", model="hf", model_args=f"pretrained={exported},device=cpu"
+    )
+    end = run.tokenizer.token_to_id("ÿ")
+    assert found == pytest.approx(nats_after(run, end, run.tokenizer.encode(text).ids), rel=1e-4)
+
+
+def test_the_harness_asks_our_server_for_full_windows(exported, workspace, tmp_path, monkeypatch):
+    """It sends a prompt of T tokens and asks for one more, T + 1 in all, because it wants the
+    log-probabilities of the prompt. The last token is only written, so there is room for it.
+    """
+    pytest.importorskip("tenacity")  # the harness asks for it where it speaks to a server
+    import uvicorn
+
+    from tinytransformer.serve import ServeConfig, make_app
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run = load_run(workspace / "runs/small")
+    T = run.model.cfg.seq_len
+    text = text_of_tokens(run, T - 1)
+    write_task(tmp_path / "task", text)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(make_app(run, ServeConfig()), log_level="error"))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
+        try:
+            found = harness_nats(
+                tmp_path / "task",
+                model="local-completions",
+                model_args=f"model=small,base_url={url},tokenizer={exported},max_length={T + 1}",
+            )
+        finally:
+            server.should_exit = True
+            thread.join()
+    end = run.tokenizer.token_to_id("ÿ")
+    assert found == pytest.approx(nats_after(run, end, run.tokenizer.encode(text).ids), rel=1e-4)
+
+
+# --- training that begins from a GPT-2
+
 GENTLY = (
     "--train.learning_rate 1e-6 --train.min_learning_rate 1e-7 --train.warmup_steps 1"
     " --train.max_steps 4 --train.eval_every 2".split()
@@ -343,7 +637,10 @@ def test_training_begins_from_it(here, exported):
     main([*args, "--folder", "runs/tuned"])
     tuned, fresh = load_run("runs/tuned"), load_run("runs/small")
     assert tuned.model.cfg.seq_len == 16 and tuned.model.cfg.embed_dim == fresh.model.cfg.embed_dim
-    assert tuned.tokenizer.get_vocab() == fresh.tokenizer.get_vocab()
+    # but for two bytes that stand in no text
+    names = dict(zip("ÿþ", (END_TOKENS[0], PAD_TOKENS[0])))
+    vocab = {names.get(token, token): i for token, i in fresh.tokenizer.get_vocab().items()}
+    assert tuned.tokenizer.get_vocab() == vocab
     text = "The school of = Hill =\n stands in the north ."
     assert tuned.tokenizer.encode(text).ids == fresh.tokenizer.encode(text).ids
     assert_close(

@@ -11,6 +11,7 @@ from conftest import run_all
 from playwright.sync_api import Page
 
 from tinytransformer.attention_map import attention_map
+from tinytransformer.drawings import draw_block
 
 OPEN = """async path => {
     window.panel = await jupyterapp.commands.execute('docmanager:open', {path});
@@ -89,6 +90,29 @@ def test_untrusted_notebook(launch, book, tmp_path):
     picture.wait_for()
     assert picture.bounding_box()["width"] > 100
     assert not page.locator(".attention-map[data-ready]").count()
+
+
+def test_drawing_before_and_after_it_is_trusted(launch, book, tmp_path):
+    """Inline SVG is taken out with its words, and its title and the still picture stay. Once the
+    cell has run, the drawing is there in the colour of the theme, and the still is hidden.
+    """
+    code = "from tinytransformer.drawings import draw_block; draw_block()"
+    saved = {"text/html": draw_block()._repr_html_()}
+    page = open_notebook(launch, book, tmp_path, code, outputs=[saved])
+    still = page.locator(".jp-OutputArea-output img")
+    still.wait_for()
+    assert still.bounding_box()["width"] > 300
+    assert page.locator(".jp-OutputArea-output").inner_text().strip() == draw_block().title
+    run_all(page)
+    letters = page.locator(".tinytransformer-drawing text").first
+    letters.wait_for(timeout=60_000)
+    assert not still.is_visible()
+    colour = "node => [getComputedStyle(node).fill, getComputedStyle(node.closest('div')).color]"
+    for theme in ("JupyterLab Light", "JupyterLab Dark"):
+        page.evaluate(f"jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}})")
+        page.wait_for_function(f"document.body.dataset.jpThemeName === '{theme}'")
+        fill, around = letters.evaluate(colour)
+        assert fill == around
 
 
 def test_jupyterlab(launch, book, tmp_path):

@@ -510,7 +510,7 @@ BAD = {  # what is wrong: fields, and what is said of it
     "more than the server writes": (dict(n=20, max_tokens=400), "max_tokens"),
     "half a token": (dict(max_tokens=1.5), "max_tokens"),
     "an endless number": (dict(max_tokens=10**400), "max_tokens"),
-    "beyond the context": (dict(max_tokens=CONTEXT), "max_tokens"),
+    "beyond the context": (dict(max_tokens=CONTEXT + 1), "max_tokens"),
     "a huge prompt": (dict(prompt="x " * 20_000), "prompt"),
     "an empty prompt": (dict(prompt=""), "prompt"),
     "empty among others": (dict(prompt=["a", ""]), "prompt"),

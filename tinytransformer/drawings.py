@@ -7,10 +7,10 @@ __all__ = ['Role', 'COLOURS', 'Kind', 'WIDTH', 'MAX_WIDTH', 'SIZE', 'SMALL', 'SM
            'CLASS', 'RULES', 'WIDTHS', 'Point', 'Content', 'Anchor', 'TOKENS', 'IDS', 'PARTS', 'style', 'text_width',
            'shorten', 'Box', 'line_through', 'numbers', 'toward', 'Sheet', 'quoted', 'show_shape', 'Drawing', 'shades',
            'draw_data', 'block_columns', 'draw_cuts', 'cuts', 'visible', 'as_text', 'draw_embeddings', 'draw_sum',
-           'pattern', 'draw_table', 'draw_head', 'as_lists', 'head_shapes', 'name_of', 'head_weights', 'head_numbers',
-           'Columns', 'draw_query', 'attend_to', 'draw_weight', 'cell_width', 'show_number', 'draw_heads', 'by_head',
-           'draw_one_head', 'draw_block', 'chain', 'draw_model', 'draw_ends', 'draw_blocks', 'model_sizes', 'formulas',
-           'count_parts', 'draw_step', 'draw_cache', 'draw_cache_step']
+           'picked_rows', 'pattern', 'draw_table', 'draw_head', 'as_lists', 'head_shapes', 'name_of', 'head_weights',
+           'head_numbers', 'Columns', 'draw_query', 'attend_to', 'draw_weight', 'cell_width', 'show_number',
+           'draw_heads', 'by_head', 'draw_one_head', 'draw_block', 'chain', 'draw_model', 'draw_ends', 'draw_blocks',
+           'model_sizes', 'formulas', 'count_parts', 'draw_step', 'draw_cache', 'draw_cache_step']
 
 # %% ../nbs/appendix/drawings.ipynb #49c37d48
 import base64
@@ -223,8 +223,10 @@ class Sheet:
         )
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" class="{CLASS}" viewBox="{size}" role="img"'
-            f' style="{look}"><title>{quoted(self.title)}</title><desc>{quoted(self.alt)}</desc>'
-            f"<style>\n{style()}\n</style>\n" + "\n".join(self.parts) + "\n</svg>"
+            f' style="{look}"><title>{html.escape(self.title)}</title>'
+            f"<desc>{quoted(self.alt)}</desc><style>\n{style()}\n</style>\n"
+            + "\n".join(self.parts)
+            + "\n</svg>"
         )
 
     def _repr_html_(self) -> str:
@@ -443,12 +445,8 @@ def draw_embeddings(
     d.lines(280, 17, "positions", "`" + d.shape("positions", "T"))
     words = d.grid(88 - 22 * T, 38, [[visible(t) for t in tokens], list(map(str, ids))], 44, 24)
     places = d.grid(280 - 15 * T, 50, [list(map(str, range(T)))], 30, 24, "position")
-    rows = [row for i in sorted(set(ids)) for row in (i, None)]
-    first = draw_table(d, 88, 154, rows, ["token table", d.shape("token table", "V", "C")], "plain")
-    rows = [*range(T), None]
-    second = draw_table(
-        d, 280, 154, rows, ["position table", d.shape("position table", "T", "C")], "position"
-    )
+    first = draw_table(d, 88, picked_rows(ids), "token table", "V")
+    second = draw_table(d, 280, picked_rows(range(T)), "position table", "T", "position")
     d.arrow(words.bottom(), first.top(), label=["look up"])
     d.arrow(places.bottom(), second.top(), label=["look up"], role="position")
     y = max(first.bottom()[1], second.bottom()[1]) + 36
@@ -479,17 +477,30 @@ def draw_sum(d: Drawing, picked: Box, placed: Box, ids: Sequence[int]) -> None:
     d.arrow(plus.bottom(), x.top(), label=["`x " + d.shape("x", "B", "T", "C")])
 
 
+def picked_rows(ids: Sequence[int]) -> list[int | None]:
+    "The rows in the order of the table, with None where rows are left out."
+    rows: list[int | None] = []
+    for i in sorted(set(ids)):
+        rows += [i] if i + 1 in ids else [i, None]
+    return rows
+
+
 def pattern(i: int) -> list[float]:
     "The shades of row i of a table."
     return shades(1, 5, i)[0]
 
 
 def draw_table(
-    d: Drawing, x: float, y: float, rows: Sequence[int | None], name: list[str], role: Role
+    d: Drawing,
+    x: float,  # the middle
+    rows: Sequence[int | None],  # None stands for rows that are left out
+    name: str,
+    size: str,  # how many rows there are
+    role: Role = "plain",
 ) -> Box:
-    "A table with five columns around x, its rows numbered; None stands for rows that are left out."
-    left, top = x - 45, y
-    d.lines(x, y - 20, name[0], "`" + name[1])
+    "A table with five columns and numbered rows."
+    left, top, y = x - 45, 118, 154
+    d.lines(x, y - 20, name, "`" + d.shape(name, size, "C"))
     for i in rows:
         if i is None:
             d.text(x, y + 8, "⋮", look="soft")
@@ -498,7 +509,7 @@ def draw_table(
         d.grid(left, y, [pattern(i + 50 * (role == "position"))], 18, 18, role)
         d.text(left - 6, y + 9, f"`{i}", "end", "small")
         y += 18
-    return Box(left, top - 36, 90, y - top + 36)
+    return Box(left, top, 90, y - top)
 
 # %% ../nbs/appendix/drawings.ipynb #7ad88279
 def draw_head(
@@ -661,6 +672,8 @@ def attend_to(
 def draw_weight(d: Drawing, columns: Columns, y: float, weight: float) -> None:
     "A weight as a bar and as a number."
     right = columns.value - 8
+    if weight == 0:  # behind the mask
+        return d.text(right, y + 12, "`0", "end", "small")
     place = f'x="{numbers(right - 36 - columns.bar)}" y="{numbers(y + 5)}"'
     size = f'width="{numbers(max(1.0, columns.bar * weight))}" height="14"'
     d.add(f'<g class="weight"><rect class="tensor full" {place} {size}/></g>', y + 19)
@@ -693,7 +706,7 @@ def draw_heads(
     qkv = d.operation(110, 62, 140, "linear C → 3C")
     d.arrow(x.bottom(), qkv.top())
     d.text(188, 100, "`" + d.shape("qkv", "B", "T", "3C"), "start")
-    d.operation(40, 192, 280, "split into heads")
+    d.operation(14, 192, 332, "split into heads")
     for (role, name), middle in zip(PARTS.items(), (70, 180, 290)):
         part = d.grid(middle - 4.5 * H * D, 132, by_head(H, D), 9, 9, role)
         d.arrow(qkv.bottom(), (180, 114), (middle, 114), part.top())
@@ -703,7 +716,7 @@ def draw_heads(
     d.text(180, 230, "`q, k, v " + d.shape("heads", "B", "H", "T", "D"))
     w = (356 - 12 * (H - 1)) / H
     outputs = [draw_one_head(d, Box(2 + h * (w + 12), 246, w, 192), h, H, D) for h in range(H)]
-    join = d.operation(40, 458, 280, "join the heads")
+    join = d.operation(14, 458, 332, "join the heads")
     for output in outputs:
         d.arrow(output.bottom(), (output.centre[0], join.y), role="value")
     joined = d.grid(180 - 4.5 * H * D, 508, by_head(H, D), 9, 9, "value")
@@ -730,7 +743,7 @@ def draw_one_head(d: Drawing, frame: Box, h: int, H: int, D: int) -> Box:
     d.text(middle, y + 15, f"head {h}")
     head = d.box(frame.x + 5, y + 90, frame.w - 10, 30, "attention", role="weight")
     shade = [[0.1 + 0.5 * h / max(1, H - 1)] * D for _ in range(4)]
-    gap = 9 * D + 10
+    gap = 12 * D
     for i, role in enumerate(PARTS):
         left = middle - 4.5 * D + (i - 1) * gap
         part = d.grid(left, y + 30, shade, 9, 9, role)

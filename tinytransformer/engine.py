@@ -232,9 +232,7 @@ class StreamDecoder:
 
 # %% ../nbs/appendix/engine.ipynb #5ca6d44e
 class RowCache:
-    """The keys and values of all tokens so far, for every layer, with rows that have lengths of their
-    own and may come and go.
-    """
+    "Like `KVCache`, but each row has a length of its own, and rows may come and go."
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ def keep_top_k(
     k: int,
 ) -> torch.Tensor:  # (B, V), all but the k largest at -inf
     "The k likeliest tokens (Fan et al., 2018); tokens that tie with the k-th stay too."
-    least = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
+    least = logits.topk(min(k, logits.shape[-1])).values[:, -1:]  # (B, 1)
     return logits.masked_fill(logits < least, float("-inf"))
 
 # %% ../nbs/06_generate.ipynb #5fffec05
@@ -51,9 +51,7 @@ def keep_top_p(
     logits: torch.Tensor,  # (B, V)
     p: float,
 ) -> torch.Tensor:  # (B, V), the tail at -inf
-    """The nucleus: the fewest likeliest tokens whose probabilities together reach p (Holtzman et
-    al., 2020).
-    """
+    "The fewest likeliest tokens whose probabilities reach p, the nucleus (Holtzman et al., 2020)."
     return keep_mass(logits, -logits, p)
 
 # %% ../nbs/06_generate.ipynb #18c78ee7
@@ -70,9 +68,7 @@ def keep_typical(
     logits: torch.Tensor,  # (B, V)
     p: float,
 ) -> torch.Tensor:  # (B, V), the rest at -inf
-    """The tokens whose surprise is nearest to the entropy, until together they reach p (Meister et
-    al., 2023).
-    """
+    "The tokens whose surprise is nearest to the entropy and that reach p (Meister et al., 2023)."
     surprise = -logits.log_softmax(dim=-1)  # (B, V), infinite for tokens cut before
     entropy = torch.special.entr(surprise.neg().exp()).sum(dim=-1, keepdim=True)  # (B, 1)
     return keep_mass(logits, (surprise - entropy).abs(), p)
@@ -83,9 +79,7 @@ def penalise_repetition(
     ids: torch.Tensor,  # (B, T) the text so far
     penalty: float,
 ) -> torch.Tensor:  # (B, V)
-    """Divide positive logits of tokens already used by `penalty`, multiply negative ones (Keskar et
-    al., 2019).
-    """
+    "Divide positive logits of used tokens by the penalty, multiply others (Keskar et al., 2019)."
     used = logits.gather(1, ids)  # (B, T)
     return logits.scatter(1, ids, torch.where(used > 0, used / penalty, used * penalty))
 
@@ -125,7 +119,7 @@ class SampleConfig:
     min_p: float = 0.0  # keep tokens at least this many times as likely as the likeliest
     # keep the tokens of the most typical surprise whose probabilities reach p
     typical_p: float = 1.0
-    # above 1 makes tokens that already stand in the text less likely
+    # above 1 makes tokens that are already in the text less likely
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0  # taken from the logit of a token for each time it was written
     presence_penalty: float = 0.0  # taken from the logit of a token once it was written
@@ -137,35 +131,27 @@ class SampleConfig:
     seed: int = 0  # of the random numbers that tokens are drawn with
 
     def __post_init__(self):
-        bias = self.logit_bias.items()
-        rules = dict(
-            max_new_tokens=(self.max_new_tokens >= 1, "at least 1"),
-            temperature=(self.temperature >= 0, "0 or more"),
-            top_k=(self.top_k is None or self.top_k >= 1, "at least 1, or leave it out"),
-            top_p=(0 < self.top_p <= 1, "more than 0, and at most 1"),
-            min_p=(0 <= self.min_p <= 1, "0 to 1"),
-            typical_p=(0 < self.typical_p <= 1, "more than 0, and at most 1"),
-            repetition_penalty=(
-                0.01 <= self.repetition_penalty <= 100,
-                "0.01 to 100; far beyond that the logits would overflow",
-            ),
-            frequency_penalty=(-100 <= self.frequency_penalty <= 100, "-100 to 100"),
-            presence_penalty=(-100 <= self.presence_penalty <= 100, "-100 to 100"),
-            logit_bias=(
-                # a NaN is not equal to itself
-                all(isinstance(i, int) and isinstance(b, int | float) and b == b for i, b in bias),
-                "token ids with a number each",
-            ),
-            stop=(
-                all(isinstance(text, str) and text for text in self.stop),
-                "texts of at least one character",
-            ),
-            stop_tokens=(all(isinstance(i, int) for i in self.stop_tokens), "token ids"),
-            seed=(0 <= self.seed < 2**63, "0 or more, and less than 2**63"),
-        )
-        for name, (fits, wanted) in rules.items():
+        def require(fits, name, wanted):
             if not fits:
                 raise InputError(f"sample.{name} is {getattr(self, name)}: give {wanted}")
+
+        require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
+        require(self.temperature >= 0, "temperature", "0 or more")
+        require(self.top_k is None or self.top_k >= 1, "top_k", "at least 1, or leave it out")
+        require(0 <= self.min_p <= 1, "min_p", "0 to 1")
+        for name in ("top_p", "typical_p"):
+            require(0 < getattr(self, name) <= 1, name, "more than 0, and at most 1")
+        for name in ("frequency_penalty", "presence_penalty"):
+            require(-100 <= getattr(self, name) <= 100, name, "-100 to 100")
+        wanted = "0.01 to 100; far beyond that the logits would overflow"
+        require(0.01 <= self.repetition_penalty <= 100, "repetition_penalty", wanted)
+        pairs = self.logit_bias.items()  # a NaN is not equal to itself
+        fits = all(isinstance(i, int) and isinstance(b, int | float) and b == b for i, b in pairs)
+        require(fits, "logit_bias", "token ids with a number each")
+        fits = all(isinstance(text, str) and text for text in self.stop)
+        require(fits, "stop", "texts of at least one character")
+        require(all(isinstance(i, int) for i in self.stop_tokens), "stop_tokens", "token ids")
+        require(0 <= self.seed < 2**63, "seed", "0 or more, and less than 2**63")
 
 # %% ../nbs/06_generate.ipynb #14aab9a7
 GREEDY_BELOW = 1e-6  # a temperature below this takes the likeliest token, without a division
@@ -197,9 +183,7 @@ def truncate_logits(
     logits = keep_top_p(logits, cfg.top_p)
     if cfg.min_p > 0:
         logits = keep_min_p(logits, cfg.min_p)
-    if cfg.typical_p < 1:
-        logits = keep_typical(logits, cfg.typical_p)
-    return logits
+    return keep_typical(logits, cfg.typical_p) if cfg.typical_p < 1 else logits
 
 
 def next_distribution(
@@ -208,9 +192,7 @@ def next_distribution(
     cfg: SampleConfig,
     counts: torch.Tensor | None = None,  # (B, V) how often each token was written; None: never
 ) -> torch.Tensor:  # (B, V) probabilities
-    """The distribution the next token is drawn from: bias, penalties, temperature, top-k, top-p,
-    min-p, typical, in this order.
-    """
+    "What the next token is drawn from: penalties, temperature, truncation, and softmax."
     logits = apply_penalties(logits, ids, cfg, counts)
     if cfg.temperature < GREEDY_BELOW:
         return torch.zeros_like(logits).scatter(1, logits.argmax(dim=-1, keepdim=True), 1.0)

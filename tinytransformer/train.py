@@ -63,7 +63,7 @@ class TrainConfig:
     skip_non_finite: bool = False
     track: str | None = None  # tensorboard, mlflow, or both with a comma between
     # begin with the weights of this GPT-2: a folder, or a name on the Hub; it brings its tokenizer
-    # and the shape of the model, but for model.seq_len and the dropouts
+    # and the shape of the model, except for model.seq_len and the dropouts
     init_from: str | None = None
     seed: int = 0  # of weights, shuffling and dropout
 
@@ -168,14 +168,12 @@ def learning_rate(
         return cfg.learning_rate * step / cfg.warmup_steps
     if cfg.schedule == "constant":
         return cfg.learning_rate
-    begin = (
-        cfg.warmup_steps
-        if cfg.schedule == "cosine"
-        else max(cfg.warmup_steps, round(cfg.max_steps * (1 - cfg.decay_share)))
-    )
+    begin = cfg.warmup_steps
+    if cfg.schedule == "wsd":
+        begin = max(begin, round(cfg.max_steps * (1 - cfg.decay_share)))
     # 0 where the fall begins, 1 at the end
     done = max(0, step - begin) / max(1, cfg.max_steps - begin)
-    left = (1 + math.cos(math.pi * done)) / 2 if cfg.schedule == "cosine" else 1 - done
+    left = 1 - done if cfg.schedule == "wsd" else (1 + math.cos(math.pi * done)) / 2
     return cfg.min_learning_rate + (cfg.learning_rate - cfg.min_learning_rate) * left
 
 # %% ../nbs/05_train.ipynb #2869a8c0
@@ -270,8 +268,9 @@ def train(
     cfg: TrainConfig,
     log: Callable[[dict], None] = lambda row: None,  # gets the row of each step
 ) -> list[dict]:  # step, loss, learning_rate, grad_norm, and now and then val_loss
-    """Train `model` in place for `cfg.max_steps` steps, on one device and in float32. Raises
-    `InputError` for a text that is too short. `loop.fit` does the same, and heeds all of `cfg`.
+    """Train `model` in place for `cfg.max_steps` steps, on a CPU and in float32, by the settings
+    that chapter 05 explains; `loop.fit` knows all of them. Raises `InputError` for a text that is
+    too short.
     """
     optimizer = make_optimizer(model.train(), cfg)
     blocks = Blocks(text.streams["train"], model.cfg.seq_len)

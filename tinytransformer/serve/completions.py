@@ -123,7 +123,8 @@ def check_tokens(ids: list[int], body: CompletionRequest, model: ModelConfig) ->
     context, V = model.seq_len, model.vocab_size
     assert V is not None  # known once a model is built
     total = len(ids) + body.max_tokens
-    if total > context:
+    # the last token that is written is not read, so it may stand behind a full context
+    if total > context + min(body.max_tokens, 1):
         raise APIError(
             400,
             f"This model's maximum context length is {context} tokens, however you requested"
