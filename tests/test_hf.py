@@ -2,6 +2,7 @@
 code, and training that begins from a GPT-2."""
 
 import copy
+import functools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SMALL
+from conftest import ROOT, SMALL
 from tokenizers import Tokenizer, models
 from torch.testing import assert_close
 
@@ -38,6 +39,7 @@ from tinytransformer.hf import (
     from_hf,
     hf_names,
     is_transposed,
+    neox_names,
     special_names,
     to_hf,
     with_special_tokens,
@@ -405,9 +407,14 @@ def test_it_opens_and_batches_in_transformers_4(exported, workspace, tmp_path):
     )
     if got.returncode:
         pytest.skip(f"pip cannot install transformers 4.57.6: {got.stderr[-200:]}")
-    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
-    version = check_opened(exported, workspace, dict(PYTHONPATH=os.pathsep.join(paths)))
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    version = check_opened(exported, workspace, dict(PYTHONPATH=paths))
     assert version == "4.57.6"
+    for tied in (True, False):
+        run = rotary_run(workspace, tie_weights=tied)
+        export(run, tmp_path / f"tied {tied}")
+        found = check_rotary(tmp_path / f"tied {tied}", run.model, dict(PYTHONPATH=paths))
+        assert found == version
 
 
 def test_fields_that_transformers_4_reads(exported):
@@ -435,6 +442,96 @@ def test_fields_that_transformers_4_reads(exported):
     assert generation["do_sample"] is True and generation["top_k"] == 0
 
 
+def rotary_run(workspace: Path, **settings):
+    "The small run, but for its model: rotary positions and random weights."
+    run = load_run(workspace / "runs/small")
+    torch.manual_seed(0)
+    model = Transformer(replace(run.model.cfg, positions="rotary", **settings)).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, mean=0.02, std=0.3)
+    return replace(run, model=model)
+
+
+ROTARY = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, __version__
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    logits = model(torch.tensor([json.loads(sys.argv[2])])).logits[0]
+    print(__version__, json.dumps(logits.tolist()))
+"""
+
+
+def check_rotary(folder: Path, model: Transformer, env: dict[str, str]) -> str:
+    "Open an exported model with rotary positions elsewhere; its logits are ours to 1e-5."
+    ids = list(range(0, 290, 10))
+    said = subprocess.run(
+        [sys.executable, "-c", ROTARY, str(folder), json.dumps(ids)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | env,
+    ).stdout.splitlines()[-1]
+    version, _, logits = said.partition(" ")
+    with torch.no_grad():
+        ours = model(torch.tensor([ids]))[0]
+    assert_close(
+        torch.tensor(json.loads(logits)), ours, atol=1e-5 * ours.abs().max().item(), rtol=0
+    )
+    return version
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(activation="gelu", tie_weights=False),
+        dict(num_heads=1, num_layers=3),
+        dict(num_heads=2, dropout=0.1),
+    ],
+    ids=str,
+)
+def test_rotary_twins(workspace, settings):
+    "A model with rotary positions and its GPT-NeoX: logits and gradients in double precision."
+    mine = rotary_run(workspace, **settings).model
+    cfg = mine.cfg
+    theirs, mine = to_hf(mine).double(), mine.double()
+    tokens = torch.randint(cfg.vocab_size, (2, cfg.seq_len + 1))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    next_token_loss(mine(x), y).backward()
+    next_token_loss(theirs(x).logits, y).backward()
+    # the angles are float32 in both
+    assert_close(mine(x), theirs(x).logits, rtol=1e-5, atol=1e-5)
+    names = neox_names(cfg)
+    heads = 0 if cfg.tie_weights else 1
+    assert len(names) + heads == len(list(theirs.parameters())) == len(list(mine.parameters()))
+    for name, p in mine.named_parameters():
+        there = (
+            theirs.get_output_embeddings().weight
+            if name == "head.weight"
+            else theirs.get_parameter(names[name])
+        ).grad
+        if ".qkv." in name:
+            there = there.unflatten(0, (cfg.num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+        assert_close(p.grad, there, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rotary_run_is_exported(workspace, tmp_path):
+    "As a GPT-NeoX, in the installed transformers; and with the names that 4.57 reads."
+    run = rotary_run(workspace)
+    export(run, tmp_path / "twin")
+    assert int(check_rotary(tmp_path / "twin", run.model, {}).split(".")[0]) >= 5
+    config = json.loads((tmp_path / "twin/config.json").read_text())
+    assert config["model_type"] == "gpt_neox" and config["rotary_pct"] == 1
+    assert config["rotary_emb_base"] == 10_000 and config["torch_dtype"] == "float32"
+    assert "GPT-NeoX" in (tmp_path / "twin/README.md").read_text()
+    with pytest.raises(InputError, match="model_type is 'gpt_neox', not 'gpt2'"):
+        from_hf(tmp_path / "twin")
+    swiglu = Transformer(replace(run.model.cfg, activation="swiglu"))
+    with pytest.raises(InputError, match="'swiglu', which neither GPT-2 nor GPT-NeoX has"):
+        export(replace(run, model=swiglu), tmp_path / "other")
+
+
 def test_special_tokens_are_kept(workspace, tmp_path):
     "A tokenizer with an end of text, as GPT-2's, keeps it, and its vocabulary is not touched."
     from transformers import AutoTokenizer
@@ -452,6 +549,39 @@ def test_special_tokens_are_kept(workspace, tmp_path):
     assert theirs.decode([V - 1], skip_special_tokens=True) == ""
     config = json.loads((tmp_path / "twin/generation_config.json").read_text())
     assert config["eos_token_id"] == config["pad_token_id"] == V - 1
+
+
+def test_what_others_do_with_it(exported):
+    """Each of these has failed for somebody with a model without special tokens: batches in which
+    a text is classified by its last token, a collator for training, and a text from nothing.
+    """
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorForLanguageModeling,
+    )
+
+    read = AutoTokenizer.from_pretrained(exported)
+    texts = ["The school", "a", "in 1839"]
+    batch = read(texts, padding=True, return_tensors="pt")
+    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(exported, num_labels=2).eval()
+    with torch.no_grad():
+        single = [model(**read(text, return_tensors="pt")).logits[0] for text in texts]
+        assert_close(model(**batch, position_ids=positions).logits, torch.stack(single))
+    labels = DataCollatorForLanguageModeling(read, mlm=False)([read(text) for text in texts])
+    # padding is not learned, and an end of text would be: it is a different token
+    assert labels["labels"].eq(-100).equal(batch.attention_mask.eq(0))
+    assert read.pad_token_id != read.eos_token_id
+    writer = AutoModelForCausalLM.from_pretrained(exported)
+    assert writer.generate(do_sample=False, max_new_tokens=4).shape == (1, 5)
+    # a text that is longer than the context is cut by the tokenizer, if it is asked to
+    assert read("The school " * 99, truncation=True, return_tensors="pt").input_ids.shape == (1, 32)
+    # and ids alone say where padding is
+    ids = dict(do_sample=False, max_new_tokens=4)
+    assert writer.generate(batch.input_ids, **ids).equal(writer.generate(**batch, **ids))
 
 
 def test_named_bytes_change_no_text():
@@ -553,6 +683,15 @@ def text_of_tokens(run, n: int) -> str:
     return text
 
 
+def serving_arguments() -> dict[str, str]:
+    "The `--model_args` of the command in *Serving*."
+    cells = json.loads((ROOT / "nbs/appendix/serve.ipynb").read_text())["cells"]
+    (text,) = ["".join(c["source"]) for c in cells if "local-completions" in "".join(c["source"])]
+    command = re.search(r"lm_eval --model local-completions.*?(?=```)", text, re.S)
+    words = shlex.split(command[0].replace("\\\n", ""))
+    return dict(each.split("=", 1) for each in words[words.index("--model_args") + 1].split(","))
+
+
 def test_the_harness_takes_it_as_it_is(exported, workspace, tmp_path, monkeypatch):
     "`lm_eval --model hf --model_args pretrained=FOLDER`, without a further argument."
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -567,8 +706,9 @@ def test_the_harness_takes_it_as_it_is(exported, workspace, tmp_path, monkeypatc
 
 
 def test_the_harness_asks_our_server_for_full_windows(exported, workspace, tmp_path, monkeypatch):
-    """It sends a prompt of T tokens and asks for one more, T + 1 in all, because it wants the
-    log-probabilities of the prompt. The last token is only written, so there is room for it.
+    """With the arguments that *Serving* gives. The harness sends a prompt of T tokens and asks for
+    one more, T + 1 in all, because it wants the log-probabilities of the prompt. The last token is
+    only written, so there is room for it.
     """
     pytest.importorskip("tenacity")  # the harness asks for it where it speaks to a server
     import uvicorn
@@ -586,11 +726,14 @@ def test_the_harness_asks_our_server_for_full_windows(exported, workspace, tmp_p
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/completions"
+        given = serving_arguments()
+        assert int(given["max_length"]) == load_run("tiny").model.cfg.seq_len + 1
+        given |= dict(model="small", base_url=url, tokenizer=exported, max_length=T + 1)
         try:
             found = harness_nats(
                 tmp_path / "task",
                 model="local-completions",
-                model_args=f"model=small,base_url={url},tokenizer={exported},max_length={T + 1}",
+                model_args=",".join(f"{name}={value}" for name, value in given.items()),
             )
         finally:
             server.should_exit = True
@@ -783,9 +926,11 @@ def test_transformers_serves_it(exported, workspace):
                 else:
                     break
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-            found = client.completions.create(
-                model=str(exported), prompt="The school", max_tokens=8, temperature=0
+            ask = functools.partial(
+                client.completions.create, model=str(exported), prompt="The school", max_tokens=8
             )
+            found = ask(temperature=0)
+            drawn = {ask(temperature=2, seed=seed).choices[0].text for seed in range(4)}
         finally:
             os.killpg(server.pid, signal.SIGKILL)
     run = load_run(workspace / "runs/small")
@@ -795,3 +940,5 @@ def test_transformers_serves_it(exported, workspace):
             run.model, run.tokenizer, "The school", SampleConfig(max_new_tokens=8, temperature=0)
         )[0]
     )
+    # temperatures count: without do_sample among its settings, each text would be the likeliest
+    assert len(drawn) > 1

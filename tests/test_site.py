@@ -315,24 +315,45 @@ def minutes_to_read(page: Path) -> float:
 
 
 def test_front_page_says_how_long_a_chapter_takes():
-    "Every chapter is in its table, with minutes that are right to about a third."
+    """Every chapter is in its table, with minutes that are right to about a third, and with
+    sections to skip that are there.
+    """
     rows = re.findall(
-        r"(?m)^\| \[\d\d [^]]+\]\((\d\d_\w+\.ipynb)\) \|.*\| (\d+) \|[^|]*\|$",
+        r"(?m)^\| \[\d\d [^]]+\]\((\d\d_\w+\.ipynb)\) \|.*\| (\d+) \|([^|]*)\|$",
         prose(ROOT / "nbs" / "index.ipynb"),
     )
-    assert [name for name, _ in rows] == [name for name in NAMES if re.match(r"\d\d_", name)]
+    assert [name for name, *_ in rows] == [name for name in NAMES if re.match(r"\d\d_", name)]
     wrong = [
         f"{name}: {minutes} minutes, and not {minutes_to_read(ROOT / 'nbs' / name):.0f}"
-        for name, minutes in rows
+        for name, minutes, _ in rows
         if not 0.7 < minutes_to_read(ROOT / "nbs" / name) / int(minutes) < 1.4
     ]
-    assert wrong == []
+    lost = [
+        (name, title)
+        for name, _, skipped in rows
+        for title in re.findall(r"\*(.*?)\*", skipped)
+        if not re.search(rf"(?m)^##+ {re.escape(title)}$", prose(ROOT / "nbs" / name))
+    ]
+    assert wrong == lost == []
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if re.match(r"\d\d_", name)])
+def test_exercises_are_rated(name):
+    "Three or four in each chapter, each with one to three stars and a solution."
+    page = ROOT / "nbs" / name
+    _, _, exercises = prose(page).partition("## Exercises")
+    stars = re.findall(r"(?m)^(?:\*\*)?\d\..*?(★+)", exercises)
+    solutions = sum('#| code-summary: "Solution"' in source(c) for c in cells(page))
+    assert 3 <= len(stars) <= 4 and len(stars) == solutions
+    assert all(len(rating) <= 3 for rating in stars)
 
 
 def test_glossary_points_to_where_a_word_is_used():
     "Each word, or one of its other names, stands in the notebook that the glossary names."
     page = ROOT / "nbs" / "appendix" / "glossary.ipynb"
-    rows = re.findall(r"(?m)^\| \*\*(.+?)\*\* \| (.*?) \| .* \| \[.*?\]\((.*?)\) \|$", prose(page))
+    rows = re.findall(
+        r"(?m)^\| \*\*(.+?)\*\*<br>\*(.*?)\* \| .* \| \[.*?\]\((.*?)\) \|$", prose(page)
+    )
     assert len(rows) > 50 and len({ours for ours, _, _ in rows}) == len(rows)
     texts = {where: " ".join(map(source, cells(page.parent / where))).lower() for *_, where in rows}
     lost = [

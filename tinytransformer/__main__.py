@@ -25,8 +25,8 @@ COMMANDS = {  # name -> what it does
         " leaves open are taken as for generate."
     ),
     "export": (
-        "Write a run as a folder that Hugging Face's transformers load as a GPT-2, with a model"
-        " card."
+        "Write a run as a folder that Hugging Face's transformers load as a GPT-2, or with rotary"
+        " positions as a GPT-NeoX, and a model card. RMSNorm and SwiGLU have no place there."
     ),
     "page": "Write one HTML file in which the model of a run writes, without a server.",
     "runs": "Compare the runs in a folder in a table, and with --plot in one picture.",

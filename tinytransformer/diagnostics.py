@@ -62,10 +62,12 @@ def plot_metrics(
         alpha=0.6,
         label="training batch",
     )
-    looks = [r for r in rows if "val_loss" in r]
-    loss.plot([r["step"] for r in looks], [r["val_loss"] for r in looks], "o-", label="validation")
+    evaluated = [r for r in rows if "val_loss" in r]
+    loss.plot(
+        [r["step"] for r in evaluated], [r["val_loss"] for r in evaluated], "o-", label="validation"
+    )
     if sliding:
-        loss.plot(looks[-1]["step"], sliding, "D", label=f"with sliding windows {sliding:.3f}")
+        loss.plot(evaluated[-1]["step"], sliding, "D", label=f"with sliding windows {sliding:.3f}")
     if floor:
         loss.axhline(floor, color="black", ls="--", label=f"entropy floor {floor:.3f}")
     loss.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))

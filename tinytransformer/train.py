@@ -63,7 +63,7 @@ class TrainConfig:
     skip_non_finite: bool = False
     track: str | None = None  # tensorboard, mlflow, or both with a comma between
     # begin with the weights of this GPT-2: a folder, or a name on the Hub; it brings its tokenizer
-    # and the shape of the model, but for model.seq_len and the dropouts
+    # and the shape of the model, except for model.seq_len and the dropouts
     init_from: str | None = None
     seed: int = 0  # of weights, shuffling and dropout
 
