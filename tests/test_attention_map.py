@@ -11,7 +11,14 @@ from axe_playwright_python.sync_playwright import Axe
 from conftest import ROOT
 from playwright.sync_api import Page
 
-from tinytransformer.attention_map import attention_map, decode, encode, script, side_by_side
+from tinytransformer.attention_map import (
+    SCRIPT,
+    attention_map,
+    decode,
+    encode,
+    script,
+    side_by_side,
+)
 from tinytransformer.explorer import look
 from tinytransformer.model import ModelConfig, Transformer
 
@@ -465,6 +472,13 @@ def test_without_scripts(launch, tmp_path, weights):
         and picture.bounding_box()["width"] > 100
         and "2 x 3 heads for 10 tokens" in picture.get_attribute("alt")
     )
+    assert page.locator("noscript").inner_text().startswith("This picture shows all heads. With")
+    side_by_side(*2 * [attention_map(weights, WORDS)]).save(tmp_path / "two.html")
+    page.goto((tmp_path / "two.html").as_uri())
+    pictures = page.locator(".attention-map img").all()
+    assert len(pictures) == 2 and all(picture.is_visible() for picture in pictures)
+    page.goto((SCRIPT.parent / "serve.html").as_uri())
+    assert "needs JavaScript, which is switched off" in page.locator("noscript").inner_text()
 
 
 def test_many_heads_and_tokens(show):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +17,13 @@ import pytest
 import safetensors.torch
 import torch
 from commands import COMMAND
-from conftest import refusal
+from conftest import SMALL, refusal, wait_for_address
 
-from tinytransformer import cli, devices, runs, trackers
+from tinytransformer import cli, corpus, devices, runs, trackers
 from tinytransformer.cli import main
 from tinytransformer.config import read_config
 from tinytransformer.data import DataConfig
-from tinytransformer.files import InputError, digest, read_rows
+from tinytransformer.files import InputError, digest, read_rows, whole_folder
 from tinytransformer.model import ModelConfig
 from tinytransformer.runs import train_run
 from tinytransformer.train import TrainConfig
@@ -187,11 +188,11 @@ def test_no_json_holds_nan(undisturbed, tmp_path, monkeypatch):
 
 
 def test_json_is_written_in_one_place():
-    "A digest alone may use json.dumps: what is written goes through `to_json`."
+    "What is written goes through `to_json`; digests and answers refuse what is not finite."
     package = Path(cli.__file__).parent
-    for file in package.glob("*.py"):
+    for file in package.rglob("*.py"):
         for call in re.findall(r"json\.dumps?\((?:[^()]|\([^()]*\))*\)", file.read_text()):
-            assert "allow_nan=False" in call or file.stem == "corpus", (file, call)
+            assert "allow_nan=False" in call, (file, call)
 
 
 # --- interrupts
@@ -212,6 +213,8 @@ def test_interrupted_early(tmp_path, command, seconds):
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     written = process.communicate(timeout=120)[1]
+    if "init_import_site" in written:
+        return  # on a busy machine, Python itself has not begun
     # killed where not even Python has begun; a shell says 130 then, too
     assert (process.returncode, written) in [(130, ""), (-signal.SIGINT, ""), (0, "")]
 
@@ -382,3 +385,183 @@ def test_evaluated_without_its_data(workspace, elsewhere, capsys, monkeypatch):
     message = refusal("evaluate", "moved")
     assert "neither in data nor" in message and "prepare --config moved/config.yaml" in message
     assert tree(elsewhere) == before
+
+
+def test_resumed_from_elsewhere(own, tmp_path_factory, monkeypatch):
+    "A run goes on with its own data wherever one stands, and nothing is made there."
+    there = tmp_path_factory.mktemp("there")
+    (there / "data").mkdir()
+    monkeypatch.chdir(there)
+    before = [path for path in own.rglob("*") if path.is_relative_to(own / "data")]
+    main(["train", "--resume", str(own / "runs/small"), "--train.max_steps", "8"])
+    assert list(there.rglob("*")) == [there / "data"]
+    assert [path for path in own.rglob("*") if path.is_relative_to(own / "data")] == before
+    assert "data_dir: data\n" in (own / "runs/small/config.yaml").read_text()
+    assert json.loads((own / "runs/small/summary.json").read_text())["steps"] == 8
+
+
+def test_resumed_where_its_data_are_gone(own, tmp_path_factory, monkeypatch, capsys):
+    there = tmp_path_factory.mktemp("there")
+    shutil.rmtree(own / "data")
+    monkeypatch.chdir(there)
+    main(["train", "--resume", str(own / "runs/small"), "--train.max_steps", "7"])
+    assert "small are not found: they are prepared again in data" in capsys.readouterr().err
+
+
+def test_run_on_a_second_disk(own, tmp_path_factory, monkeypatch):
+    "runs/ may be a link: the data are beside the link, not beside what it leads to."
+    disk = tmp_path_factory.mktemp("disk")
+    shutil.move(own / "runs", disk / "kept")
+    (own / "runs").symlink_to(disk / "kept")
+    monkeypatch.chdir(disk)
+    main(["evaluate", str(own / "runs/small")])
+    assert not (disk / "data").exists()
+
+
+# --- signals outside of the steps
+
+
+STOPPED = [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR2, 140)]
+
+
+def ends_with(status: int, *args: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(list(args))
+    assert stop.value.code == status
+
+
+def send(number: int):
+    "Something that is called in a place of the test's choice."
+
+    def action(*args, **kwargs):
+        signal.raise_signal(number)
+        return 1.0
+
+    return action
+
+
+TRAIN = ["train", "--config", "tiny", *SMALL, "--folder", "runs/new"]
+
+
+@pytest.mark.parametrize("number, status", STOPPED)
+@pytest.mark.parametrize("command", ["train --config tiny", "prepare --config tiny"])
+def test_stopped_while_data_are_prepared(tmp_path, monkeypatch, capsys, command, number, status):
+    "One line, and nothing half-written stays."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corpus, "encode_rows", send(number))
+    ends_with(status, *command.split(), *SMALL)
+    name = signal.Signals(number).name
+    assert capsys.readouterr().err == (
+        f"tinytransformer: stopped by {name}; run the same command again\n"
+    )
+    assert not (tmp_path / "runs").exists()
+    assert not list((tmp_path / "data/processed").iterdir())
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number, status", [*STOPPED, (signal.SIGINT, 130)])
+@pytest.mark.parametrize("place", ["environment", "compare_with_floor", "draw_curve"])
+def test_stopped_around_the_training(own, monkeypatch, capsys, place, number, status):
+    "Before the first step, in the last evaluation, and where the results are written."
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, place, send(number))
+        ends_with(status, *TRAIN)
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    if place == "environment":
+        assert said.endswith("nothing is trained yet: run the same command again\n")
+        main(TRAIN)
+    else:
+        assert said.endswith("go on with: tinytransformer train --resume runs/new\n")
+        main(["train", "--resume", "runs/new"])
+    same_as_small(own)
+
+
+@pytest.mark.parametrize("number, status", [*STOPPED, (signal.SIGINT, 130)])
+def test_stopped_in_the_last_evaluation(own, monkeypatch, capsys, number, status):
+    "The step is finished, and the results can wait for the next start."
+    save = runs.Checkpoints.save
+
+    def save_and_send(self, model, optimizer, progress, row, better):
+        if progress.step == 6:
+            signal.raise_signal(number)
+        save(self, model, optimizer, progress, row, better)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Checkpoints, "save", save_and_send)
+        ends_with(status, *TRAIN)
+    assert "stopped after step 6; go on with" in capsys.readouterr().err
+    main(["train", "--resume", "runs/new"])
+    same_as_small(own)
+
+
+def same_as_small(folder: Path) -> None:
+    for name in ("last/model.safetensors", "best/model.safetensors", "samples.jsonl"):
+        new, small = (folder / "runs" / run / name for run in ("new", "small"))
+        assert new.read_bytes() == small.read_bytes(), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU])
+def test_server_stopped(commands, own, number):
+    "Any of the signals ends a server as SIGTERM does."
+    server = commands.start(own, "serve", "runs/small", "--port", "0")
+    wait_for_address(server, server.out)
+    server.send_signal(number)
+    assert server.communicate()[1] == "" and server.returncode == 0
+
+
+def test_folder_that_was_being_replaced(tmp_path, monkeypatch):
+    "Stopped or killed between two renames: the old one is still there."
+    folder = tmp_path / "best"
+    with whole_folder(folder) as new:
+        (new / "file").write_text("old")
+    rename, calls = Path.rename, []
+
+    def second_fails(path, target):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", second_fails)
+        with whole_folder(folder) as new:
+            (new / "file").write_text("new")
+    assert (folder / "file").read_text() == "old"
+    folder.rename(tmp_path / ".best.999999999.old")  # as a killed process would leave it
+    with suppress(ZeroDivisionError), whole_folder(folder) as new:
+        assert (folder / "file").read_text() == "old"
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+# --- a schedule that is stretched
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_jump_of_the_learning_rate(undisturbed, tmp_path, capsys, schedule):
+    "More steps stretch a schedule: the line has the rates that the two rows have."
+    train = replace(SHORT, schedule=schedule)
+    for most in (6, 600):
+        longer = replace(train, max_steps=most, eval_every=most)
+        with suppress(KeyboardInterrupt):
+            train_run(
+                tmp_path / "run",
+                data_in(undisturbed),
+                SHAPE,
+                longer,
+                resume=most > 6,
+                log=lambda row: row["step"] == 7 and cut_power(),
+            )
+    said = re.findall("jumps from (\\S+) to (\\S+), (\\S+) times", capsys.readouterr().err)
+    rows = read_rows(tmp_path / "run/metrics.jsonl")
+    before, after = (row["learning_rate"] for row in rows[5:7])
+    if schedule == "constant":
+        assert not said and before == after
+    else:
+        assert after > 2 * before
+        assert said == [(f"{before:.3g}", f"{after:.3g}", f"{after / before:.3g}")]
+
+
+def cut_power():
+    raise KeyboardInterrupt

@@ -148,6 +148,53 @@ def test_tensorboard(train, tmp_path):
     assert any((tmp_path / "runs/tiny/tensorboard").rglob("hparams.yml"))
 
 
+def test_killed_and_resumed(commands, workspace, tmp_path):
+    """After SIGKILL, twice, between two checkpoints, both trackers show one value a step: that of
+    the run's own record.
+    """
+    from mlflow import MlflowClient
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shutil.copytree(workspace / "data", tmp_path / "data")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    env = dict(MLFLOW_TRACKING_URI=uri, NO_PROXY="127.0.0.1")
+    (tmp_path / "held").touch()
+    train = ["train", "--config", "tiny", *SMALL, "--train.track", "mlflow,tensorboard"]
+    run = tmp_path / "runs/tiny"
+    for done, args in ((5, train), (5, ["train", "--resume", "runs/tiny"])):
+        # killed after step 5 of 6, with a checkpoint of step 3; then after step 7 of 12, with one
+        # of step 6 (loading a checkpoint counts as a step)
+        faults = dict(hold=[done, str(tmp_path / "held")])
+        args = [*args, *(["--train.max_steps", "12"] if "--resume" in args else [])]
+        process = commands.start(tmp_path, *args, faults=faults, env=env)
+        wait_for_rows(process, run, 5 if "--config" in args else 7)
+        process.kill()
+        process.wait()
+    last = commands.run(tmp_path, "train", "--resume", "runs/tiny", env=env)
+    assert last.returncode == 0, last.stderr
+    rows = local(run)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    client = MlflowClient(uri)
+    (experiment,) = client.search_experiments(filter_string="name = 'tinytransformer'")
+    (kept,) = client.search_runs([experiment.experiment_id])
+    files = EventAccumulator(str(run / "tensorboard"))
+    files.Reload()
+    for field in ("loss", "val_loss", "learning_rate", "tokens_per_second"):
+        wanted = {row["step"]: row[field] for row in rows if field in row}
+        for found in (client.get_metric_history(kept.info.run_id, field), files.Scalars(field)):
+            assert [each.step for each in found] == list(wanted), field
+            values = [each.value for each in found]
+            assert values == pytest.approx(list(wanted.values()), rel=1e-5), field
+
+
+def wait_for_rows(process, run: Path, n: int, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not (run / "metrics.jsonl").exists() or len(local(run)) < n:
+        assert time.monotonic() < end, f"there are not {n} rows after {seconds} seconds"
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
 def test_tracker_that_is_down(train, tmp_path):
     "One line of warning, and the local record is complete; the other tracker goes on."
     written = train("--train.track", "mlflow,tensorboard", uri=f"http://127.0.0.1:{free_port()}")

@@ -244,6 +244,7 @@ class Checkpoints:
     found: Checkpoint | None = field(default=None, repr=False)  # by `find`, for `load`
     # gets the row of the checkpoint that was loaded, on every process
     loaded: Callable[[dict], None] = field(default=lambda row: None, repr=False)
+    saved: int = 0  # step of the last checkpoint that was written
 
     def newest(self) -> Checkpoint | None:
         """The first of `last`, `previous` and `best` that is whole; None if there is none yet.
@@ -325,3 +326,4 @@ class Checkpoints:
         save_checkpoint(
             [*folders, (self.run / "last", self.run / "previous")], model, optimizer, info
         )
+        self.saved = progress.step

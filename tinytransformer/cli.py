@@ -8,11 +8,11 @@ __all__ = ['SECTIONS', 'OPTIONS', 'PATHS', 'WRONG_TYPE', 'NOISE', 'OUT_OF_MEMORY
            'add_evaluate_options', 'add_generate_options', 'add_export_options', 'add_page_options', 'add_runs_options',
            'add_serve_options', 'make_parser', 'unfinished', 'split_options', 'run_to_resume', 'check_arguments',
            'parse', 'format_table', 'prepare_command', 'new_folder', 'unseen_titles', 'first_article', 'progress_lines',
-           'explain_stop', 'train_command', 'number', 'training_report', 'evaluate_command', 'evaluate_on',
-           'evaluation_row', 'generate_command', 'given_fields', 'sample_config', 'export_command', 'page_command',
-           'compare_command', 'import_serve_config', 'serve_command', 'describe', 'state_of', 'is_locked',
-           'runs_command', 'save_plot', 'plot_runs', 'one_line', 'wanted_type', 'process_name', 'out_of_memory',
-           'explain_errors', 'main']
+           'explain_stop', 'say_stopped', 'train_command', 'number', 'training_report', 'evaluate_command',
+           'evaluate_on', 'evaluation_row', 'generate_command', 'given_fields', 'sample_config', 'export_command',
+           'page_command', 'compare_command', 'import_serve_config', 'serve_command', 'describe', 'state_of',
+           'is_locked', 'runs_command', 'save_plot', 'plot_runs', 'one_line', 'wanted_type', 'process_name',
+           'out_of_memory', 'explain_errors', 'main']
 
 # %% ../nbs/appendix/command_line.ipynb #aa1ab598
 import argparse
@@ -33,7 +33,7 @@ import time
 import tokenize
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from statistics import median
@@ -49,11 +49,13 @@ from .config import PACKAGED, config_file, make_config, odd_number, read_config
 from .corpus import Corpus, prepare
 from .data import SPLITS, DataConfig
 from tinytransformer.devices import (
+    Interrupted,
     OtherRankFailed,
     fast_products,
     limit_threads,
     on_main,
     processes,
+    raise_on_stop_signals,
 )
 from .engine import compare, complete, stream
 from .fast import fast_loss
@@ -76,6 +78,7 @@ from tinytransformer.runs import (
     Run,
     load_run,
     near_floor,
+    prepare_again,
     run_data,
     train_run,
 )
@@ -499,32 +502,40 @@ def progress_lines(max_steps: int) -> Callable[[dict], None]:  # gets the row of
 
 @contextmanager
 def explain_stop(run: Path) -> Iterator[None]:
-    """Around a training: remove the folder if settings were refused before anything was written,
-    and after a signal say how to resume, and exit as a shell expects.
+    """Around a training: remove the folder if nothing was written in it, and after a signal say
+    how to resume, and exit as a shell expects.
     """
     try:
         yield
-    except InputError:
+    except (InputError, KeyboardInterrupt, Interrupted) as error:
         with suppress(OSError):
             run.rmdir()  # only if it is empty
-        raise
+        if isinstance(error, InputError):
+            raise
+        # 130 after Ctrl-C, 143 after SIGTERM
+        say_stopped(run, "stopped")
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))
     except Stopped as stopped:
-        if processes().is_main_process:
-            with suppress(OSError):  # the terminal may be closed
-                print(
-                    f"tinytransformer: {stopped}; go on with: tinytransformer train --resume"
-                    f" {shlex.quote(str(run))}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        sys.exit(128 + stopped.number)  # 130 after Ctrl-C, 143 after SIGTERM
+        say_stopped(run, str(stopped))
+        sys.exit(128 + stopped.number)
+
+
+def say_stopped(run: Path, what: str) -> None:
+    "One line, of the first process, about how to go on."
+    if not processes().is_main_process:
+        return
+    begun = (run / "config.yaml").is_file()
+    again = f"tinytransformer train --resume {shlex.quote(str(run))}"
+    way = f"go on with: {again}" if begun else "nothing is trained yet: run the same command again"
+    with suppress(OSError):  # the terminal may be closed
+        print(f"tinytransformer: {what}; {way}", file=sys.stderr, flush=True)
 
 
 def train_command(cfg: Namespace) -> None:
     """Train, then show what the model learned: articles for titles that it has not seen, and its
     loss beside the floor.
     """
-    corpus = prepare(cfg.data)
+    corpus = prepare_again(cfg.data, cfg.resume) if cfg.resume else prepare(cfg.data)
     titles = unseen_titles(corpus, cfg.model.seq_len)
 
     def article(model, title):
@@ -927,6 +938,14 @@ def explain_errors(show_traceback: bool) -> Iterator[None]:
         refuse("there is not enough memory for this: choose a smaller model, batch or vocabulary")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except Interrupted as interrupted:
+        with suppress(OSError):  # the terminal may be closed
+            print(
+                f"tinytransformer{process_name()}: {interrupted}; run the same command again",
+                file=sys.stderr,
+                flush=True,
+            )
+        sys.exit(128 + interrupted.number)
 
 
 def main(
@@ -951,6 +970,8 @@ def main(
             serve=serve_command,
         )[command]
         limit_threads()
-        with fast_products():
+        # the server has its own way to stop
+        stopping = nullcontext() if command == "serve" else raise_on_stop_signals()
+        with stopping, fast_products():
             run_command(cfg)
         sys.stdout.flush()

@@ -10,6 +10,7 @@ __all__ = ['raw_dir', 'fetch_rows', 'hub_error', 'lock_holder', 'waiting_lock', 
 # %% ../nbs/appendix/corpus.ipynb #a89a3e5b
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from tinytransformer.files import (
     digest,
     is_write_error,
     whole_folder,
+    write_json,
     write_whole,
 )
 
@@ -157,7 +159,7 @@ def raw_rows(cfg: DataConfig):  # a `datasets.DatasetDict`
             rows = fetch_rows(cfg)
             with whole_folder(folder) as temporary:
                 rows.save_to_disk(temporary)
-                write_whole(temporary / "source.json", json.dumps(source))
+                write_json(temporary / "source.json", source)
     try:
         rows, found = (
             datasets.load_from_disk(folder),
@@ -256,7 +258,9 @@ def fingerprint(
     settings = {k: v for k, v in asdict(cfg).items() if k != "data_dir"} | dict(format=2)
     rows = [f.read_bytes() for f in sorted(raw_dir(cfg).rglob("*.arrow"))]
     return digest(
-        json.dumps(settings, sort_keys=True), (folder / "tokenizer.json").read_bytes(), *rows
+        json.dumps(settings, sort_keys=True, allow_nan=False),
+        (folder / "tokenizer.json").read_bytes(),
+        *rows,
     )
 
 # %% ../nbs/appendix/corpus.ipynb #2e6d56c2
@@ -326,10 +330,13 @@ def build_corpus(cfg: DataConfig) -> None:
                 content=digest(tokens.numpy().tobytes()),
             )
             if "nats" in rows[split].column_names:
-                about[split]["nats"] = sum(rows[split]["nats"])
-        write_whole(
-            folder / "about.json", json.dumps(dict(fingerprint=mark, splits=about), indent=1)
-        )
+                nats = about[split]["nats"] = sum(rows[split]["nats"])
+                check(
+                    math.isfinite(nats),
+                    f"the nats of the {split} split sum to {nats}: delete {raw_dir(cfg)} and run"
+                    " again, and its rows are fetched again",
+                )
+        write_json(folder / "about.json", dict(fingerprint=mark, splits=about))
 
 # %% ../nbs/appendix/corpus.ipynb #b235c5c9
 def is_current(

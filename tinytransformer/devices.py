@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Result', 'STOP_SIGNALS', 'has_bf16', 'on_cpu', 'processes', 'log_message', 'make_accelerator', 'fast_products',
            'deterministic_kernels', 'OtherRankFailed', 'on_main', 'cpu_quota', 'quota_in', 'thread_limit',
-           'limit_threads', 'thread_count', 'note_stop_signals', 'agree_on_signal', 'memory_mb']
+           'limit_threads', 'thread_count', 'Interrupted', 'raise_on_stop_signals', 'note_stop_signals',
+           'agree_on_signal', 'memory_mb']
 
 # %% ../nbs/appendix/devices.ipynb #a9ff477e
 import os
@@ -221,6 +222,35 @@ STOP_SIGNALS = (
     signal.SIGUSR2,
     signal.SIGXCPU,
 )
+
+
+class Interrupted(BaseException):
+    "A signal that ends a program came where there was no step to finish."
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+@contextmanager
+def raise_on_stop_signals() -> Iterator[None]:
+    """While the body runs, each of `STOP_SIGNALS` raises `Interrupted`, so that half-written files
+    are removed; Ctrl-C raises `KeyboardInterrupt` as always. What was ignored is ignored still.
+    """
+
+    def interrupt(number, frame):
+        raise Interrupted(number)
+
+    ours = [s for s in STOP_SIGNALS if signal.getsignal(s) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []  # Python allows it there alone
+    try:
+        for s in ours:
+            signal.signal(s, interrupt)
+        yield
+    finally:
+        for s in ours:
+            signal.signal(s, signal.SIG_DFL)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from .model import Transformer
 # %% ../nbs/appendix/explorer.ipynb #f181e0a6
 @dataclass
 class Look:
-    "What one run of a model showed."
+    "What one run of a model showed; the tensors are on the CPU, where every device's can be read."
 
     tokens: list[str]  # T texts
     weights: torch.Tensor  # (layers, heads, T, T)
@@ -107,7 +107,8 @@ def look(
             hook.remove()
         model.train(was_training)
     loss = F.cross_entropy(logits[0, :-1], x[0, 1:]).item()
-    return Look(list(tokens), weights[:, 0], torch.stack(vectors, dim=1), logits[0], loss)
+    seen = weights[:, 0].cpu(), torch.stack(vectors, dim=1).cpu()
+    return Look(list(tokens), *seen, logits[0].cpu(), loss)
 
 # %% ../nbs/appendix/explorer.ipynb #0cb7df1c
 def byte_table() -> dict[str, int]:

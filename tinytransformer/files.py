@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL_OR_READ_ONLY', 'NOT_ALLOWED', 'InputError', 'check_path', 'check', 'write_whole', 'is_write_error', 'discard',
-           'is_running', 'whole_folder', 'digest', 'read_rows', 'read_json', 'to_json', 'write_json', 'JsonLines']
+           'is_running', 'put_back', 'whole_folder', 'digest', 'read_rows', 'read_json', 'to_json', 'write_json',
+           'JsonLines']
 
 # %% ../nbs/appendix/files.ipynb #b377ab69
 import errno
@@ -112,6 +113,18 @@ def is_running(pid: int) -> bool:
     return True
 
 
+def put_back(
+    left_over: Path,  # of `whole_folder`: half of a new folder, or the whole old one
+    folder: Path,
+) -> None:
+    "Delete it, unless it is the old folder and the new one has not come to its place."
+    is_old = left_over.suffix == ".old" and left_over.is_dir() and not left_over.is_symlink()
+    if is_old and not folder.exists():
+        left_over.rename(folder)
+    else:
+        discard(left_over)
+
+
 @contextmanager
 def whole_folder(
     folder: Path,  # where the folder is to appear
@@ -124,7 +137,7 @@ def whole_folder(
     for path in list(folder.parent.iterdir()):
         name = re.fullmatch(rf"\.{re.escape(folder.name)}\.(\d+)(\.old)?", path.name)
         if name and (int(name[1]) == os.getpid() or not is_running(int(name[1]))):
-            discard(path)  # left over by a killed run
+            put_back(path, folder)  # left over by a killed run
     temporary, old = (
         folder.with_name(f".{folder.name}.{os.getpid()}{end}") for end in ("", ".old")
     )
@@ -138,8 +151,8 @@ def whole_folder(
             folder.rename(previous or old)
         temporary.rename(folder)
     finally:
-        for left_over in (temporary, old):
-            discard(left_over)
+        for left_over in (old, temporary):
+            put_back(left_over, folder)
 
 # %% ../nbs/appendix/files.ipynb #98d32289
 def digest(*parts: str | bytes) -> str:

@@ -450,7 +450,7 @@ def name_unused_bytes(
         return tokenizer
     renamed = dict(zip(unused, names))
     spec["model"]["vocab"] = {renamed.get(token, token): i for token, i in vocab.items()}
-    changed = Tokenizer.from_str(json.dumps(spec))
+    changed = Tokenizer.from_str(json.dumps(spec, allow_nan=False))
     changed.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     return changed
 

@@ -6,9 +6,9 @@
 __all__ = ['MAX_EXCESS_LOSS', 'MIN_FACT_RECALL', 'TRAINED_FOLDER', 'TRAINED', 'installed_version', 'processor', 'environment',
            'git_commit', 'run_lock', 'check_new_folder', 'check_run_folder', 'is_compile_error',
            'explain_training_errors', 'summary', 'near_floor', 'compare_with_floor', 'Run', 'Job', 'resolve_settings',
-           'train_run', 'build_model', 'describe_checkpoints', 'train_model', 'undisturbed', 'whole_model',
-           'write_settings', 'draw_curve', 'write_results', 'read_run_config', 'read_run_tokenizer', 'check_finite',
-           'load_run', 'run_data']
+           'train_run', 'report_jump', 'build_model', 'describe_checkpoints', 'train_model', 'write_sample',
+           'undisturbed', 'whole_model', 'write_settings', 'draw_curve', 'write_results', 'read_run_config',
+           'read_run_tokenizer', 'check_finite', 'load_run', 'find_data', 'prepare_again', 'run_data']
 
 # %% ../nbs/appendix/runs.ipynb #9d219095
 import io
@@ -42,6 +42,7 @@ from tinytransformer import (
 )
 from tinytransformer.checkpoint import (
     START,
+    Checkpoint,
     Checkpoints,
     check_unchanged,
     check_weights,
@@ -50,7 +51,7 @@ from tinytransformer.checkpoint import (
     read_checkpoint,
     set_random_state,
 )
-from .config import CONFIGS, make_config, read_config
+from .config import CONFIGS, make_config, read_config, upgrade_config
 from tinytransformer.corpus import (
     Corpus,
     is_current,
@@ -64,6 +65,7 @@ from .data import Blocks, DataConfig
 from tinytransformer.devices import (
     agree_on_signal,
     deterministic_kernels,
+    log_message,
     make_accelerator,
     memory_mb,
     note_stop_signals,
@@ -83,10 +85,10 @@ from tinytransformer.files import (
     write_whole,
 )
 from .hf import settings_from_gpt2, weights_from_gpt2
-from .loop import Diverged, fit
+from .loop import Diverged, Stopped, fit
 from .model import ModelConfig, Transformer
 from .trackers import ByProducts, RunLog, Trackers, progress_bar
-from .train import TrainConfig, batches, evaluate, perplexities
+from .train import TrainConfig, batches, evaluate, learning_rate, perplexities
 
 # %% ../nbs/appendix/runs.ipynb #f23078dc
 def installed_version(package: str) -> str | None:
@@ -344,7 +346,7 @@ def resolve_settings(
     if train.init_from:
         begun = run if resume else None
         data, model = settings_from_gpt2(data, model, train.init_from, begun)
-    corpus = corpus or prepare(data)
+    corpus = corpus or (prepare_again(data, run) if resume else prepare(data))
     model = replace(model, vocab_size=model.vocab_size or corpus.vocab_size)
     if model.vocab_size != corpus.vocab_size:
         raise InputError(
@@ -399,6 +401,7 @@ def train_run(
         here = environment(accelerator)
         checkpoints = Checkpoints(run, describe_checkpoints(job, here))
         checkpoints.find(net)
+        report_jump(job, checkpoints.found)
         on_main(lambda: write_settings(job, here, weights))
         set_seed(train.seed, device_specific=True)  # different dropout on each process
         run_log = RunLog(run, trackers)
@@ -408,6 +411,32 @@ def train_run(
         finally:
             run_log.close()
     return load_run(run)
+
+
+def report_jump(
+    job: Job,
+    found: Checkpoint | None,  # where the run goes on from
+) -> None:
+    """Say so in a line where changed settings let the learning rate jump: a schedule that depends
+    on the number of steps is stretched when there are more of them.
+    """
+    if found is None:
+        return
+    step, new = found.info["progress"]["step"], job.train
+    old = make_config(TrainConfig, "train", upgrade_config(found.info["config"])["train"])
+    if step >= new.max_steps or new.max_steps == old.max_steps:
+        return
+    before = learning_rate(min(step + 1, old.max_steps), old)
+    after = learning_rate(step + 1, new)
+    if min(before, after) > 0.8 * max(before, after):
+        return
+    times = f", {after / before:.3g} times as high," if before else ""
+    log_message(
+        f"the learning rate jumps from {before:.3g} to {after:.3g}{times} at step {step + 1}:"
+        f" train.max_steps was {old.max_steps}, is {new.max_steps} now, and stretches the schedule"
+        f" {new.schedule}; a run that is begun with train.schedule constant can go on without a"
+        " jump"
+    )
 
 
 def build_model(job: Job) -> Transformer:
@@ -453,17 +482,13 @@ def train_model(
             return
         whole = whole_model(net, accelerator)  # every process must give its part
         if accelerator.is_main_process:
-            by_products.attempt("the sample", lambda: write_sample(whole, row["step"]))
-
-    def write_sample(model, step):
-        with undisturbed(model):
-            text = write(model)
-        if text:
-            run_log.log_sample(text, step)
+            by_products.attempt("the sample", lambda: write_sample(whole, write, run_log, row))
 
     def keep(row):
         if accelerator.is_main_process:
             run_log.log(row)
+            if checkpoints.saved == row["step"]:
+                run_log.trackers.confirm(row["step"])
         add_sample(row)
         if accelerator.is_main_process:
             by_products.attempt("the log", lambda: log(row))
@@ -491,6 +516,18 @@ def train_model(
             stop=lambda: agree_on_signal(signals, accelerator),
             measure=lambda: dict(memory_mb=memory_mb(accelerator.device)),
         )
+    if late := agree_on_signal(signals, accelerator):  # it came during the last evaluation
+        raise Stopped(late, checkpoints.saved or done)
+
+
+def write_sample(
+    model: Transformer, write: Callable[[Transformer], str], run_log: RunLog, row: dict
+) -> None:
+    "Let `write` give a text, and keep it with the step of the row, if it is not empty."
+    with undisturbed(model):
+        text = write(model)
+    if text:
+        run_log.log_sample(text, row["step"])
 
 
 @contextmanager
@@ -640,23 +677,38 @@ def load_run(
     return Run(folder, config, model.eval(), tokenizer, saved.info)
 
 # %% ../nbs/appendix/runs.ipynb #467294d7
+def find_data(
+    data: DataConfig,
+    run: Path,  # the folder of the run that was made for it
+) -> DataConfig | None:  # the same with the folder where the text is; None if it is nowhere
+    "Look for a run's text in `data.data_dir`, from here and from each folder above the run."
+    above = [*run.absolute().parents, *run.resolve().parents]
+    start = [] if os.path.isabs(data.data_dir) else above
+    folders = [Path(data.data_dir), *(folder / data.data_dir for folder in start)]
+    places = [replace(data, data_dir=str(folder)) for folder in folders if folder.is_dir()]
+    whole = (place for place in places if is_current(place, processed_dir(place)))
+    part = (p for p in places if raw_dir(p).is_dir() or processed_dir(p).is_dir())
+    return next(whole, None) or next(part, None)
+
+
+def prepare_again(data: DataConfig, run: Path) -> Corpus:
+    "The text of a run that goes on, from where the run was begun; if it is gone, it is made here."
+    place = find_data(data, run)
+    if place is None:
+        log_message(f"the data of {run} are not found: they are prepared again in {data.data_dir}")
+    return prepare(place or data)
+
+
 @contextmanager
 def run_data(run: Run) -> Iterator[Corpus]:
     """The text that a run was made for, found from here or from a folder above the run. Raises
     `InputError` where it is missing and cannot be written again.
     """
     data = make_config(DataConfig, "data", run.config["data"])
-    start = [] if os.path.isabs(data.data_dir) else run.folder.resolve().parents
-    folders = [Path(data.data_dir), *(folder / data.data_dir for folder in start)]
-    places = [replace(data, data_dir=str(folder)) for folder in folders if folder.is_dir()]
-    for place in places:
-        if is_current(place, processed_dir(place)):
-            yield load_corpus(processed_dir(place))
-            return
-    for place in places:  # a part of it was damaged or deleted
-        if raw_dir(place).is_dir() or processed_dir(place).is_dir():
-            yield prepare(place)
-            return
+    if place := find_data(data, run.folder):
+        current = is_current(place, processed_dir(place))  # otherwise a part is damaged or missing
+        yield load_corpus(processed_dir(place)) if current else prepare(place)
+        return
     if (data.dataset, data.tokenizer) != ("tinywiki", "bpe"):
         raise InputError(
             f"the data of {run.folder} are neither in {data.data_dir} nor in a folder of this name"

@@ -29,6 +29,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ..attention_map import attention_map
+from ..devices import STOP_SIGNALS
 from ..explorer import look, token_texts
 from ..files import InputError
 from ..generate import encode_prompt
@@ -357,14 +358,18 @@ def listen(cfg: ServeConfig) -> socket.socket:
 
 
 def serve(run: Run, cfg: ServeConfig) -> None:
-    "Answer until SIGTERM or Ctrl-C; `InputError` if the address cannot be had."
+    """Answer until Ctrl-C, SIGTERM or another of `STOP_SIGNALS`. Raises `InputError` if the address
+    cannot be had.
+    """
     listener = listen(cfg)
     if torch.cuda.is_available():
         run.model.cuda()
     server = Server(make_app(run, cfg), cfg)
     # uvicorn's own handlers are there only while it runs, and it raises the signal again at its end
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, server.handle_exit)
+    for number in STOP_SIGNALS:
+        asked = number in (signal.SIGTERM, signal.SIGINT)
+        if asked or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, server.handle_exit)
     host, port = listener.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
     print(f"serving {run.folder.resolve().name} at http://{address}:{port}", flush=True)
