@@ -119,8 +119,8 @@ def processor() -> dict[str, str]:
 
 
 def separate_compiled_kernels() -> None:
-    """Let torch.compile keep its kernels in a folder for this processor and its instructions. It has
-    one for all, and a process that loads kernels made for others can be aborted.
+    """Let torch.compile keep its kernels in a folder for this processor and its instructions. By
+    default it has one for all, and a process that loads kernels made for others can be aborted.
     """
     user = re.sub(r"\W", "_", getpass.getuser())
     mark = digest(torch.__version__, *processor().values())
