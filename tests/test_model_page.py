@@ -1,6 +1,7 @@
 """The model in a page: the engine in JavaScript against PyTorch, and the page in a real browser."""
 
 import base64
+import itertools
 import random
 import unicodedata
 
@@ -13,14 +14,17 @@ from tokenizers import Tokenizer
 from torch.testing import assert_close
 
 from tinytransformer import variants  # noqa: F401
+from tinytransformer.answer_key import TokenReader
 from tinytransformer.cli import main
 from tinytransformer.explorer import silenced
 from tinytransformer.generate import SampleConfig, encode_prompt, generate, next_distribution
 from tinytransformer.model import ModelConfig, Transformer
 from tinytransformer.model_page import model_page, pack_model
 from tinytransformer.runs import load_run
+from tinytransformer.tinywiki import WIKI, articles
 
-ENGINE = (ROOT / "tinytransformer" / "static" / "engine.js").read_text(encoding="utf-8")
+STATIC = ROOT / "tinytransformer" / "static"
+ENGINE = (STATIC / "engine.js").read_text(encoding="utf-8")
 LOAD = """async ([code, data]) => {
   const engine = await import("data:text/javascript;base64," + code);
   const bytes = await engine.unpack(data.weights);
@@ -250,6 +254,45 @@ def test_damaged_data_is_refused(blank, tiny, change, message):
         blank.evaluate("read([1])")
 
 
+# --- the truth
+
+
+def put_grammar(evaluate) -> None:
+    code = base64.b64encode((STATIC / "grammar.js").read_bytes()).decode()
+    evaluate(
+        """async ([code, wiki]) => {
+          const { TokenReader } = await import("data:text/javascript;base64," + code);
+          window.reader = new TokenReader(tokenizer, wiki);
+        }""",
+        [code, WIKI],
+    )
+
+
+def test_the_truth_is_that_of_the_answer_key(run_in_page, tiny):
+    evaluate = run_in_page(tiny.model, tiny.tokenizer)
+    put_grammar(evaluate)
+    for article in itertools.islice(articles(5), 6):
+        expected = [
+            answer.probabilities for answer in TokenReader(tiny.tokenizer).read(article.text)
+        ]
+        found = evaluate(
+            "(text) => reader.read(text).map((truth) => Object.fromEntries(truth))", article.text
+        )
+        assert len(found) == len(expected) + 1  # and what follows the article
+        for mine, theirs in zip(found, expected):
+            assert {int(i): pytest.approx(p, abs=1e-12) for i, p in mine.items()} == theirs
+
+
+def test_there_is_no_truth_about_other_texts(run_in_page, tiny):
+    evaluate = run_in_page(tiny.model, tiny.tokenizer)
+    put_grammar(evaluate)
+    text = " = Clara Falk is a cat"
+    known = evaluate("(text) => reader.read(text).map((truth) => truth !== null)", text)
+    count = len(encode_prompt(tiny.tokenizer, " = Clara"))
+    assert known[: count + 1] == [True] * (count + 1) and not known[-1]
+    assert len(known) == len(encode_prompt(tiny.tokenizer, text)) + 1
+
+
 # --- the page
 
 
@@ -472,3 +515,27 @@ def test_the_command_writes_the_page(tmp_path, monkeypatch, capsys):
     assert '"prompt": " = Holt"' in (tmp_path / "tiny.html").read_text(encoding="utf-8")
     with pytest.raises(SystemExit, match="tiny.html is there already: give the name of a new"):
         main(["page", "tiny", "tiny.html"])
+
+
+def test_the_truth_stands_beside_the_model(open_page, tiny):
+    page = open_page()
+    text = next(articles(7)).text
+    start = text[: text.index(" was a")] + " was"
+    page.locator("#prompt").fill(start)
+    expect(page.locator("#token th").last).to_have_text("truth")
+    *_, answer = TokenReader(tiny.tokenizer).read(start + " a")
+    shown = {
+        row.locator("button").inner_text().replace("␣", " "): row.locator(".truth").inner_text()
+        for row in page.locator("#token tbody tr").all()
+    }
+    for token, p in answer.probabilities.items():
+        found = shown[tiny.tokenizer.decode([token])]
+        assert float(found.strip("< %")) == pytest.approx(100 * p, abs=0.06)
+    assert "2 tokens are possible here" in page.locator("#token p").inner_text()
+    first = next(articles(8)).text
+    page.locator("#prompt").fill(first + start)  # an article before it changes nothing
+    expect(page.locator("#token p")).to_contain_text("2 tokens are possible here")
+    page.locator("#tokens span").nth(20).click()  # and the truth about that one is known, too
+    expect(page.locator("#token th").last).to_have_text("truth")
+    page.locator("#prompt").fill("a text of a different kind")
+    expect(page.locator("#token th").last).to_have_text("your settings")

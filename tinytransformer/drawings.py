@@ -55,9 +55,9 @@ RULES = {
     ".tensor": "fill: var(--ink); fill-opacity: .14; stroke: var(--ink); stroke-width: 1.2",
     ".operation": "fill: var(--ink); fill-opacity: .03; stroke: var(--ink); stroke-opacity: .7",
     ".frame": "fill: none; stroke: var(--ink); stroke-opacity: .6; stroke-dasharray: 5 4",
-    ".cell": "stroke-width: .8",
     ".full": "fill-opacity: .6",
-    ".empty": "fill: none; stroke-opacity: .5; stroke-dasharray: 2 2",
+    ".cells rect": "fill: var(--ink); stroke: var(--ink); stroke-width: .8",
+    ".cells .empty": "fill: none; stroke-opacity: .5; stroke-dasharray: 2 2",
 }
 
 
@@ -327,7 +327,7 @@ class Drawing(Sheet):
         role: Role = "plain",
     ) -> Box:
         "A tensor as a grid of cells; what is too long for a cell is shortened."
-        self.add(f'<g class="{role}">', y)
+        self.add(f'<g class="{role} cells">', y)
         for i, row in enumerate(table):
             for j, cell in enumerate(row):
                 self.cell(Box(x + j * w, y + i * h, w, h), cell)
@@ -336,11 +336,10 @@ class Drawing(Sheet):
 
     def cell(self, spot: Box, content: Content) -> None:
         "One cell: a text, a share from 0 to 1 to shade it by, or None for an empty one."
-        kind = "tensor cell" + " empty" * (content is None)
-        shade = f' style="fill-opacity:{numbers(content)}"' if isinstance(content, float) else ""
+        share = numbers(content if isinstance(content, float) else 0.14)
+        look = 'class="empty"' if content is None else f'fill-opacity="{share}"'
         place = f'x="{numbers(spot.x)}" y="{numbers(spot.y)}"'
-        size = f'width="{numbers(spot.w)}" height="{numbers(spot.h)}"'
-        rect = f'<rect class="{kind}" {place} {size}{shade}/>'
+        rect = f'<rect {place} width="{numbers(spot.w)}" height="{numbers(spot.h)}" {look}/>'
         if not isinstance(content, str):
             return self.add(rect, spot.bottom()[1])
         self.add(f'<g data-box="">{rect}', spot.bottom()[1])

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from .files import InputError, read_rows, write_whole
 from .model import Transformer, count_parameters
 from .runs import Run, load_run
+from .tinywiki import WIKI
 
 # %% ../nbs/appendix/model_page.ipynb #0a1280ec
 def pack(content: bytes) -> str:
@@ -136,7 +137,10 @@ def model_page(
     if prompt is None:
         prompt = examples[0] if examples else " = The"
     data = pack_model(run.model, run.tokenizer) | {"prompt": prompt, "examples": examples}
-    imports = {name: module_url(f"{name}.js") for name in ("engine", "attention_map")}
+    if run.config["data"]["dataset"] == "tinywiki":
+        data["grammar"] = WIKI  # so that the page knows the truth
+    modules = ("engine", "grammar", "attention_map")
+    imports = {name: module_url(f"{name}.js") for name in modules}
     parts = {
         "TITLE": html.escape(title),
         "ABOUT": html.escape(describe_run(run)),

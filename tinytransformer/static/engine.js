@@ -88,9 +88,14 @@ export class Tokenizer {
     return this.texts.length;
   }
 
+  /** A text in pieces, which no token crosses. */
+  cut(text) {
+    return text.match(PIECES) ?? [];
+  }
+
   /** Text to token ids. Half of a surrogate pair becomes U+FFFD. */
   encode(text) {
-    return (text.match(PIECES) ?? []).flatMap((piece) => this.#encodePiece(piece));
+    return this.cut(text).flatMap((piece) => this.#encodePiece(piece));
   }
 
   #encodePiece(piece) {

@@ -14,6 +14,7 @@ import {
   Transformer,
   unpack,
 } from "engine";
+import { TokenReader } from "grammar";
 
 const $ = (id) => document.getElementById(id);
 const LONGEST = 200; // tokens that one click on Write adds at most
@@ -40,6 +41,7 @@ const random = randomNumbers(Date.now());
 const page = {
   model: null,
   tokenizer: null,
+  reader: null, // knows the truth, if the text is that of a grammar
   prompt: 0, // how many of the tokens are the prompt
   text: null, // what the model has read, with its heads off
   whole: null, // the same text with every head on; the same object if none is off
@@ -137,6 +139,20 @@ function showText() {
 
 // --- what could come
 
+/** For each token the truth before it, and one more for what comes next; null where the text is
+ * none that the grammar could have written. The truth about an article begins with its heading. */
+function truths() {
+  if (!page.reader || page.running) return [];
+  const text = page.tokenizer.decode(page.text.ids);
+  const headings = [...text.matchAll(/^ = (?!=).*? = $/gm)].map((heading) => heading.index);
+  const starts = headings[0] === 0 ? headings : [0, ...headings];
+  const found = starts.flatMap((start, i) => {
+    const truth = page.reader.read(text.slice(start, starts[i + 1]));
+    return i + 1 < starts.length ? truth.slice(0, -1) : truth;
+  });
+  return found.length === page.text.ids.length + 1 ? found : [];
+}
+
 function distributions() {
   const i = page.chosen ?? page.text.ids.length;
   const logits = page.chosen === null ? page.text.logits : page.before[i];
@@ -145,6 +161,7 @@ function distributions() {
   return {
     own: softmax(logits),
     bent: nextDistribution(logits, ids, ids.slice(page.prompt), settings()),
+    truth: truths()[i] ?? null,
   };
 }
 
@@ -157,7 +174,7 @@ function showAlternatives() {
     $("token").replaceChildren(make("p", { className: "soft", textContent: why }));
     return;
   }
-  const { own, bent } = found;
+  const { own, bent, truth } = found;
   const order = [...own.keys()].sort((a, b) => bent[b] - bent[a] || own[b] - own[a]);
   const current = page.chosen === null ? null : page.text.ids[page.chosen];
   const rows = order.slice(0, SHOWN);
@@ -165,13 +182,25 @@ function showAlternatives() {
   const title =
     current === null ? "Next token: " : `In place of “${visible(page.tokenizer.show(current))}”: `;
   const caption = make("caption", {}, make("strong", { textContent: title }));
-  caption.append("the model’s probability, and below it the one after your settings");
+  const names = ["token", "model", "your settings", ...(truth ? ["truth"] : [])];
+  const head = make("tr", {}, ...names.map((name) => make("th", { textContent: name })));
+  const body = rows.map((id) => makeRow(id, own, bent, truth));
   $("token").replaceChildren(
-    make("table", {}, caption, make("tbody", {}, ...rows.map((id) => makeRow(id, own, bent)))),
+    make("table", {}, caption, make("thead", {}, head), make("tbody", {}, ...body)),
   );
+  if (truth) $("token").append(make("p", { className: "soft", textContent: judge(own, truth) }));
 }
 
-function makeRow(id, own, bent) {
+/** How far the model is from the truth at this token, in a sentence. */
+function judge(own, truth) {
+  let far = 0;
+  for (const [id, p] of truth) far += p * Math.log(p / own[id]);
+  const many =
+    truth.size === 1 ? "only one token is possible" : `${truth.size} tokens are possible`;
+  return `In truth, ${many} here. The model pays ${Math.max(0, far).toFixed(3)} nats above it.`;
+}
+
+function makeRow(id, own, bent, truth) {
   const bar = (p) => {
     const div = make("div");
     div.style.width = `${(100 * p).toFixed(2)}%`;
@@ -188,7 +217,9 @@ function makeRow(id, own, bent) {
     make("td", {}, button),
     make("td", { className: "number", textContent: percent(own[id]) }),
     make("td", { className: "number", textContent: percent(bent[id]) }),
-    make("td", { className: "bar" }, bar(own[id]), bar(bent[id])),
+    truth
+      ? make("td", { className: "number truth", textContent: percent(truth.get(id) ?? 0) })
+      : make("td", { className: "bar" }, bar(own[id]), bar(bent[id])),
   );
 }
 
@@ -301,8 +332,10 @@ function showMap() {
 /** Show the chosen token in the map, too, if the model still sees it. */
 function chooseInMap() {
   const map = $("map").firstElementChild?.attentionMap;
-  const first = page.text.ids.length - page.text.traces.length;
-  if (map && page.chosen !== null && page.chosen >= first)
+  const seen = page.text.traces.length;
+  const first = page.text.ids.length - seen;
+  const isDrawn = map?.tokens.length === seen; // and not still the map of an earlier text
+  if (isDrawn && page.chosen !== null && page.chosen >= first)
     map.choose({ token: page.chosen - first });
 }
 
@@ -450,6 +483,7 @@ async function start() {
   page.model = new Transformer(data.config, tensors);
   const json = new TextDecoder().decode(await unpack(data.tokenizer));
   page.tokenizer = new Tokenizer(JSON.parse(json));
+  if (data.grammar) page.reader = new TokenReader(page.tokenizer, data.grammar);
   $("app").hidden = false;
   makeHeads();
   makeExamples();
