@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from commands import COMMAND
 from conftest import SMALL, refusal, wait_for_address
+from filelock import FileLock
 
 from tinytransformer import cli, corpus, devices, runs, trackers
 from tinytransformer.cli import main
@@ -565,3 +566,71 @@ def test_jump_of_the_learning_rate(undisturbed, tmp_path, capsys, schedule):
 
 def cut_power():
     raise KeyboardInterrupt
+
+
+def test_more_micro_batches_are_reported(undisturbed, tmp_path, capsys):
+    "With dropout, its draws depend on how a batch is divided."
+    shutil.copytree(undisturbed / "run", tmp_path / "run")
+    longer = replace(SHORT, max_steps=7, micro_batches=2)
+    train_run(tmp_path / "run", data_in(undisturbed), SHAPE, longer, resume=True)
+    said = capsys.readouterr().err
+    assert "train.micro_batches was 1 and is 2 now: resuming, but dropout draws" in said
+
+
+# --- byte for byte
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_state_of_a_resumed_run(undisturbed, tmp_path, optimizer):
+    "Also what the optimizer and the random generators keep is the same, byte for byte."
+    train = replace(SHORT, optimizer=optimizer)
+
+    def cut(row):
+        if row["step"] == 4:
+            raise PowerCut
+
+    train_run(tmp_path / "whole", data_in(undisturbed), SHAPE, train)
+    with pytest.raises(PowerCut):
+        train_run(tmp_path / "cut", data_in(undisturbed), SHAPE, train, log=cut)
+    train_run(tmp_path / "cut", data_in(undisturbed), SHAPE, train, resume=True)
+    for name in ("last/state.pt", "best/state.pt", "last/model.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_one_flipped_bit(own, split):
+    "The tokens have a digest of their own, in every split."
+    file = next((own / "data/processed").glob(f"*/{split}.pt"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert f"{split}.pt" in refusal("evaluate", "runs/small")
+
+
+# --- locks, and what processes share
+
+
+def test_waiting_for_a_lock(commands, own):
+    "After a few seconds, one line says what is waited for, and who holds it."
+    with FileLock(own / "data/.lock"):
+        waiting = commands.start(own, "prepare", "--config", "runs/small/config.yaml")
+        end = time.monotonic() + 120
+        while not (said := waiting.err.read_text()):
+            assert waiting.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+    assert waiting.wait() == 0
+    assert said == f"waiting for data/.lock, which is held by process {os.getpid()}\n"
+
+
+def test_compiled_kernels_are_kept_apart(monkeypatch):
+    "Those of another instruction set or processor are in another folder."
+    folders = set()
+    for instructions in ("AVX2", "AVX512", "DEFAULT"):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+        runs.separate_compiled_kernels()
+        folders.add(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert len(folders) == 3
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    runs.separate_compiled_kernels()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"

@@ -77,6 +77,11 @@ def save_checkpoint(
     # all of it, not the share of one process, and in main memory
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, optimizer_state = get_state_dict(model, unwrapped(optimizer), options=options)
+    groups: Any = optimizer_state.get("param_groups", [])  # they are on process 0 alone
+    for group in groups:
+        for name, value in group.items():
+            if name != "params" and isinstance(value, list):
+                group[name] = tuple(value)  # betas, for one, are a list after they were loaded
     state = dict(optimizer=optimizer_state, random=gather_object([random_state()]))
 
     def write():
