@@ -160,7 +160,7 @@ def recalled_tokens(
     "The tokens that can only be known by looking back, and the tokens that they repeat."
     spans = token_spans(tokenizer, text)
     token_at = {letter: i for i, span in enumerate(spans) for letter in range(*span)}
-    found = {}
+    found: dict[int, tuple[str, tuple[int, ...]]] = {}
     for name, first, end in certain_facts(text, grammar):
         earlier = [match.start() for match in re.finditer(re.escape(text[first:end]), text[:first])]
         for letter in range(first, end):

@@ -418,7 +418,8 @@ def to_neox(model: Transformer) -> "GPTNeoXForCausalLM":
     return twin
 
 # %% ../nbs/appendix/gpt2_twin.ipynb #f2619aa0
-# the bytes that stand in no UTF-8 text; in a byte-level vocabulary their tokens are called chr(byte)
+# the bytes that stand in no UTF-8 text; in a byte-level vocabulary their tokens are called
+# chr(byte)
 UNUSED_BYTES = (*range(0xFF, 0xF4, -1), 0xC1, 0xC0)
 # what tokenizers call these special tokens
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
