@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -634,3 +635,36 @@ def test_compiled_kernels_are_kept_apart(monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
     runs.separate_compiled_kernels()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
+
+
+def test_a_user_without_a_name(monkeypatch):
+    "A container under a number that its system does not know: PyTorch's own folder needs a name."
+
+    def no_name():
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(runs.getpass, "getuser", no_name)
+    runs.separate_compiled_kernels()
+    assert f"torchinductor_{os.getuid()}_" in os.environ["TORCHINDUCTOR_CACHE_DIR"]
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams(tmp_path, closed):
+    "As under some schedulers and services: Python has None in place of a closed stream."
+    train = [COMMAND, "train", "--config", "tiny", *SMALL, "--folder", "run"]
+    for args in (train, [COMMAND, "generate", "run", " ="]):
+        line = f"exec {shlex.join(args)} {closed}"
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "run/summary.json").exists()
+
+
+@pytest.mark.parametrize("name", ["[a] b", "50 %", "-dash", "runs/./x/../y", "émoji 😀"])
+def test_odd_names_of_folders(own, name, capsys):
+    "Names that mean something to globs, formats, shells and parsers are names."
+    main(["train", "--config", "tiny", *SMALL, f"--folder={name}"])
+    main(["train", f"--resume={name}/", "--train.max_steps=7"])
+    assert json.loads((own / name / "summary.json").read_text())["steps"] == 7
+    main(["runs", str((own / name).parent)])
+    assert (own / name).resolve().name in capsys.readouterr().out

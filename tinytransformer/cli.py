@@ -952,6 +952,9 @@ def main(
     args: list[str] | None = None,  # the command line, if not the process's own
 ) -> None:
     "The command `tinytransformer`; with `--traceback`, errors also show where they came from."
+    for name in ("stdout", "stderr"):  # None where it was closed before Python began
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     # a terminal that lacks a character shows ?
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")

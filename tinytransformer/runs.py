@@ -122,7 +122,10 @@ def separate_compiled_kernels() -> None:
     """Let torch.compile keep its kernels in a folder for this processor and its instructions. By
     default it has one for all, and a process that loads kernels made for others can be aborted.
     """
-    user = re.sub(r"\W", "_", getpass.getuser())
+    try:
+        user = re.sub(r"\W", "_", getpass.getuser())
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        user = str(os.getuid())
     mark = digest(torch.__version__, *processor().values())
     folder = Path(gettempdir()) / f"torchinductor_{user}_{mark}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
