@@ -494,7 +494,6 @@ def test_many_heads_and_tokens(show):
     "name",
     [
         "02_attention",
-        "06_generate",
         "appendix/attention_map",
         "appendix/explorer",
         "appendix/gpt2_twin",

@@ -426,6 +426,15 @@ def test_run_on_a_second_disk(own, tmp_path_factory, monkeypatch):
 STOPPED = [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR2, 140)]
 
 
+@pytest.fixture
+def fresh_signals():
+    "The handlers of a new process; some library that another test has loaded may have set its own."
+    before = {number: signal.signal(number, signal.SIG_DFL) for number, _ in STOPPED}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def ends_with(status: int, *args: str) -> None:
     with pytest.raises(SystemExit) as stop:
         main(list(args))
@@ -445,6 +454,7 @@ def send(number: int):
 TRAIN = ["train", "--config", "tiny", *SMALL, "--folder", "runs/new"]
 
 
+@pytest.mark.usefixtures("fresh_signals")
 @pytest.mark.parametrize("number, status", STOPPED)
 @pytest.mark.parametrize("command", ["train --config tiny", "prepare --config tiny"])
 def test_stopped_while_data_are_prepared(tmp_path, monkeypatch, capsys, command, number, status):
@@ -461,6 +471,7 @@ def test_stopped_while_data_are_prepared(tmp_path, monkeypatch, capsys, command,
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
+@pytest.mark.usefixtures("fresh_signals")
 @pytest.mark.parametrize("number, status", [*STOPPED, (signal.SIGINT, 130)])
 @pytest.mark.parametrize("place", ["environment", "compare_with_floor", "draw_curve"])
 def test_stopped_around_the_training(own, monkeypatch, capsys, place, number, status):
@@ -479,6 +490,7 @@ def test_stopped_around_the_training(own, monkeypatch, capsys, place, number, st
     same_as_small(own)
 
 
+@pytest.mark.usefixtures("fresh_signals")
 @pytest.mark.parametrize("number, status", [*STOPPED, (signal.SIGINT, 130)])
 def test_stopped_in_the_last_evaluation(own, monkeypatch, capsys, number, status):
     "The step is finished, and the results can wait for the next start."
