@@ -491,13 +491,7 @@ def test_many_heads_and_tokens(show):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "02_attention",
-        "appendix/attention_map",
-        "appendix/explorer",
-        "appendix/gpt2_twin",
-    ],
+    "name", ["02_attention", "appendix/attention_map", "appendix/explorer", "appendix/gpt2_twin"]
 )
 def test_saved_notebooks(show, name):
     "The maps that are saved in the book, on one page: all drawn, by the script as it is now."

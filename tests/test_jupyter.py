@@ -150,7 +150,9 @@ def test_jupyterlab(launch, book, tmp_path):
     assert page.locator(".jp-Notebook .jp-CodeCell").count() == 2
 
 
-@pytest.mark.parametrize("package", ["anywidget", "ipywidgets alone"])
+@pytest.mark.parametrize(
+    "package", ["anywidget", pytest.param("ipywidgets alone", marks=pytest.mark.slow)]
+)
 def test_explorer_in_jupyterlab(launch, book, tmp_path, package):
     "A prompt typed into the page is answered by a new map; heads are switched off."
     hide = "import sys; sys.modules['anywidget'] = None" if package != "anywidget" else ""

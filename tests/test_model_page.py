@@ -324,6 +324,7 @@ def open_page(context, saved):
         page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
         page.emulate_media(**media)
         page.goto(path.as_uri())
+        page.locator("html[data-ready], [role=alert]").first.wait_for()
         return page
 
     yield start
@@ -334,6 +335,12 @@ def open_page(context, saved):
 
 def tokens_of(page: Page) -> list[str]:
     return page.locator("#tokens span").all_text_contents()
+
+
+def give_prompt(page: Page, text: str) -> None:
+    "Type a prompt, and wait until the model has read it."
+    page.locator("#prompt").fill(text)
+    expect(page.locator("#tokens")).to_have_text(text)
 
 
 def set_control(page: Page, name: str, value: float) -> None:
@@ -360,7 +367,7 @@ def test_writes_greedily_what_generate_writes(open_page, tiny, rounded):
 
 def test_alternatives_bend_and_can_be_taken(open_page, tiny, rounded):
     page = open_page()
-    page.locator("#prompt").fill(" = Greta Holt = \n Greta Holt ( 18")
+    give_prompt(page, " = Greta Holt = \n Greta Holt ( 18")
     rows = page.locator("#token tbody tr")
     expect(page.locator("#token caption")).to_contain_text("Next token")
     expect(rows).to_have_count(10)
@@ -403,7 +410,7 @@ def test_a_head_switched_off_changes_the_loss(open_page, tiny, rounded):
     prompt = (
         " = Greta Holt = \n Greta Holt ( 1839 – 1880 ) was a Danish painter of Dunham . Miss Holt"
     )
-    page.locator("#prompt").fill(prompt)
+    give_prompt(page, prompt)
     ids = torch.tensor([encode_prompt(tiny.tokenizer, prompt)])
 
     def loss() -> float:
@@ -423,7 +430,7 @@ def test_a_head_switched_off_changes_the_loss(open_page, tiny, rounded):
 def test_the_map_shows_the_weights(open_page, tiny, rounded):
     page = open_page()
     prompt = " = Greta Holt = \n Greta Holt ( 1839"
-    page.locator("#prompt").fill(prompt)
+    give_prompt(page, prompt)
     ids = encode_prompt(tiny.tokenizer, prompt)
     host = page.locator("#map .attention-map[data-ready]")
     host.wait_for()
@@ -454,12 +461,12 @@ def test_prompts_that_nobody_expected(open_page, prompt, said):
     if said:
         expect(page.locator("#said")).to_contain_text(said, timeout=30_000)
     else:
+        expect(page.locator("#tokens")).to_have_text(prompt)
         expect(page.locator("#token caption")).to_contain_text("Next token")
         page.get_by_role("button", name="One token").click()
         expect(page.locator("#said")).to_have_text("")
     assert page.locator("#tokens b").count() == 0
-    page.locator("#prompt").fill(" = The")  # and the page goes on
-    expect(page.locator("#said")).to_have_text("")
+    give_prompt(page, " = The")  # and the page goes on
     page.get_by_role("button", name="One token").click()
     assert "".join(tokens_of(page)).startswith(" = The")
 
@@ -521,7 +528,7 @@ def test_the_truth_stands_beside_the_model(open_page, tiny):
     page = open_page()
     text = next(articles(7)).text
     start = text[: text.index(" was a")] + " was"
-    page.locator("#prompt").fill(start)
+    give_prompt(page, start)
     expect(page.locator("#token th").last).to_have_text("truth")
     *_, answer = TokenReader(tiny.tokenizer).read(start + " a")
     shown = {
@@ -533,9 +540,9 @@ def test_the_truth_stands_beside_the_model(open_page, tiny):
         assert float(found.strip("< %")) == pytest.approx(100 * p, abs=0.06)
     assert "2 tokens are possible here" in page.locator("#token p").inner_text()
     first = next(articles(8)).text
-    page.locator("#prompt").fill(first + start)  # an article before it changes nothing
+    give_prompt(page, first + start)  # an article before it changes nothing
     expect(page.locator("#token p")).to_contain_text("2 tokens are possible here")
     page.locator("#tokens span").nth(20).click()  # and the truth about that one is known, too
     expect(page.locator("#token th").last).to_have_text("truth")
-    page.locator("#prompt").fill("a text of a different kind")
+    give_prompt(page, "a text of a different kind")
     expect(page.locator("#token th").last).to_have_text("your settings")

@@ -356,14 +356,14 @@ def test_data_is_prepared_once(start_two, tmp_path):
 @pytest.mark.parametrize(
     "processes, number, status",
     [
-        (1, signal.SIGINT, 130),
-        (2, signal.SIGINT, 130),
         (1, signal.SIGTERM, 143),
-        (2, signal.SIGTERM, 143),
-        (1, signal.SIGHUP, 129),  # a terminal that is closed
-        (1, signal.SIGUSR1, 138),  # of schedulers, as the next two
-        (2, signal.SIGUSR2, 140),
-        (1, signal.SIGXCPU, 152),
+        (2, signal.SIGINT, 130),
+        (1, signal.SIGUSR1, 138),  # of schedulers, as SIGUSR2 and SIGXCPU
+        pytest.param(1, signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGHUP, 129, marks=pytest.mark.slow),  # a terminal that is closed
+        pytest.param(2, signal.SIGUSR2, 140, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGXCPU, 152, marks=pytest.mark.slow),
     ],
 )
 def test_stopped(start, start_two, runs, runs_of_two, held, processes, number, status):
@@ -385,9 +385,8 @@ def test_stopped(start, start_two, runs, runs_of_two, held, processes, number, s
     assert outcome(run) == outcome(folder / "runs/whole")
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_torchrun_stopped(start_two, runs_of_two, held, number):
     "What torchrun is sent reaches its ranks, which write a checkpoint and say how to go on."
     run = runs_of_two / f"runs/torchrun-stopped-{number}"

@@ -661,7 +661,10 @@ def test_a_user_without_a_name(monkeypatch):
     assert f"torchinductor_{os.getuid()}_" in os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
-@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed",
+    ["0<&- 1>&- 2>&-", *(pytest.param(f"{n}<&-", marks=pytest.mark.slow) for n in (0, 1, 2))],
+)
 def test_closed_streams(tmp_path, closed):
     "As under some schedulers and services: Python has None in place of a closed stream."
     train = [COMMAND, "train", "--config", "tiny", *SMALL, "--folder", "run"]

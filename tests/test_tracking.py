@@ -148,6 +148,7 @@ def test_tensorboard(train, tmp_path):
     assert any((tmp_path / "runs/tiny/tensorboard").rglob("hparams.yml"))
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(commands, workspace, tmp_path):
     """After SIGKILL, twice, between two checkpoints, both trackers show one value a step: that of
     the run's own record.
