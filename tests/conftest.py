@@ -138,10 +138,16 @@ def train_small(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def workspace(once, tmp_path_factory) -> Path:
-    "A folder of this worker with a small trained run in runs/small and its data in data/."
+def small_run(once) -> Path:
+    "A folder with a small trained run in runs/small and its data in data/; to be copied."
+    return once("workspace", train_small)
+
+
+@pytest.fixture(scope="session")
+def workspace(small_run, tmp_path_factory) -> Path:
+    "A copy of `small_run` for the tests of this worker, which add to it."
     folder = tmp_path_factory.mktemp("workspace")
-    return shutil.copytree(once("workspace", train_small), folder, dirs_exist_ok=True)
+    return shutil.copytree(small_run, folder, dirs_exist_ok=True)
 
 
 @pytest.fixture

@@ -165,10 +165,9 @@ def test_a_folder_of_the_users_is_never_overwritten(here):
 
 
 @pytest.fixture
-def own_data(workspace, tmp_path, monkeypatch):
+def own_data(small_run, tmp_path, monkeypatch):
     "A copy of the small run and its data that may be damaged."
-    for name in ("data", "runs/small"):
-        shutil.copytree(workspace / name, tmp_path / name)
+    shutil.copytree(small_run, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -137,12 +137,9 @@ def poison(run: Path) -> None:
 
 
 @pytest.fixture
-def own(workspace, tmp_path, monkeypatch) -> Path:
+def own(small_run, tmp_path, monkeypatch) -> Path:
     "A copy of the small run and its data, as the current folder."
-    shutil.copytree(workspace / "data", tmp_path / "data")
-    shutil.copytree(workspace / "runs/small", tmp_path / "runs/small")
-    # another test may have evaluated the run that they share
-    (tmp_path / "runs/small/evaluation.json").unlink(missing_ok=True)
+    shutil.copytree(small_run, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -613,7 +610,7 @@ def test_state_of_a_resumed_run(undisturbed, tmp_path, optimizer):
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_one_flipped_bit(own, split):
     "The tokens have a digest of their own, in every split."
-    file = next((own / "data/processed").glob(f"*/{split}.pt"))
+    (file,) = (own / "data/processed").glob(f"*/{split}.pt")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
