@@ -207,6 +207,7 @@ def test_compose():
     } <= set(made)  # or they would belong to root
 
 
+@pytest.mark.slow
 def test_commands_of_compose(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parse(COMPOSE["services"]["train"]["command"])[0] == "train"

@@ -165,6 +165,7 @@ def test_every_part(folder, tmp_path, hiding):
     assert again.returncode == 0 and again.stdout == "" and steps_of(result) == found
 
 
+@pytest.mark.slow
 def test_a_fault_does_not_stop_the_next_step(folder, tmp_path, hiding):
     "A peer that cannot be imported: the traceback is kept, and a new worker takes what follows."
     broken = tmp_path / "folder"

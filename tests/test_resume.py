@@ -298,7 +298,7 @@ def test_every_switch(commands, start, start_two, runs, held):
 
     finish(start(runs, "generate", "runs/switched", "The", "--max_new_tokens", "5"))
     refused = commands.run(runs, "export", "runs/switched", "twin")
-    assert refused.returncode != 0 and "GPT-2 does not have" in refused.stderr
+    assert refused.returncode != 0 and "which neither GPT-2 nor GPT-NeoX has" in refused.stderr
     assert "Traceback" not in refused.stderr and not (runs / "twin").exists()
 
 
