@@ -12,12 +12,13 @@ __all__ = ['GREEDY_BELOW', 'keep_top_k', 'keep_mass', 'keep_top_p', 'keep_min_p'
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from tokenizers import Tokenizer
 
 from .embeddings import check_ids
-from .files import InputError
+from .files import InputError, check_setting
 from .model import ModelConfig, Transformer, eval_mode
 
 # %% ../nbs/06_generate.ipynb #edff2d64
@@ -131,27 +132,24 @@ class SampleConfig:
     seed: int = 0  # of the random numbers that tokens are drawn with
 
     def __post_init__(self):
-        def require(fits, name, wanted):
-            if not fits:
-                raise InputError(f"sample.{name} is {getattr(self, name)}: give {wanted}")
-
-        require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
-        require(self.temperature >= 0, "temperature", "0 or more")
-        require(self.top_k is None or self.top_k >= 1, "top_k", "at least 1, or leave it out")
-        require(0 <= self.min_p <= 1, "min_p", "0 to 1")
+        require = partial(check_setting, self, "sample")
+        require("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
+        require("temperature", self.temperature >= 0, "0 or more")
+        require("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or leave it out")
+        require("min_p", 0 <= self.min_p <= 1, "0 to 1")
         for name in ("top_p", "typical_p"):
-            require(0 < getattr(self, name) <= 1, name, "more than 0, and at most 1")
+            require(name, 0 < getattr(self, name) <= 1, "more than 0, and at most 1")
         for name in ("frequency_penalty", "presence_penalty"):
-            require(-100 <= getattr(self, name) <= 100, name, "-100 to 100")
+            require(name, -100 <= getattr(self, name) <= 100, "-100 to 100")
         wanted = "0.01 to 100; far beyond that the logits would overflow"
-        require(0.01 <= self.repetition_penalty <= 100, "repetition_penalty", wanted)
+        require("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, wanted)
         pairs = self.logit_bias.items()  # a NaN is not equal to itself
         fits = all(isinstance(i, int) and isinstance(b, int | float) and b == b for i, b in pairs)
-        require(fits, "logit_bias", "token ids with a number each")
+        require("logit_bias", fits, "token ids with a number each")
         fits = all(isinstance(text, str) and text for text in self.stop)
-        require(fits, "stop", "texts of at least one character")
-        require(all(isinstance(i, int) for i in self.stop_tokens), "stop_tokens", "token ids")
-        require(0 <= self.seed < 2**63, "seed", "0 or more, and less than 2**63")
+        require("stop", fits, "texts of at least one character")
+        require("stop_tokens", all(isinstance(i, int) for i in self.stop_tokens), "token ids")
+        require("seed", 0 <= self.seed < 2**63, "0 or more, and less than 2**63")
 
 # %% ../nbs/06_generate.ipynb #14aab9a7
 GREEDY_BELOW = 1e-6  # a temperature below this takes the likeliest token, without a division

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from .attention import ATTENTIONS, LayerCache
 from .block import FEED_FORWARDS, NORMS, Block, look_up
 from .embeddings import EMBEDDINGS, Embeddings, sinusoids
-from .files import InputError
+from .files import InputError, check_setting
 
 # %% ../nbs/04_model.ipynb #2d19c347
 @dataclass
@@ -47,18 +48,15 @@ class ModelConfig:
     position_start: Literal["normal", "sinusoids"] = "normal"
 
     def __post_init__(self):
-        def require(fits, name, wish):
-            if not fits:
-                raise InputError(f"model.{name} is {getattr(self, name)!r}: give {wish}")
-
+        require = partial(check_setting, self, "model")
         for name in ("seq_len", "embed_dim", "num_heads", "num_layers"):
-            require(getattr(self, name) >= 1, name, "at least 1")
-        require(self.vocab_size is None or self.vocab_size >= 2, "vocab_size", "at least 2")
-        require(0 < self.init_std < 10, "init_std", "more than 0 and less than 10")
+            require(name, getattr(self, name) >= 1, "at least 1")
+        require("vocab_size", self.vocab_size is None or self.vocab_size >= 2, "at least 2")
+        require("init_std", 0 < self.init_std < 10, "more than 0 and less than 10")
         for name in ("dropout", "attention_dropout", "embedding_dropout"):
-            require(0 <= (getattr(self, name) or 0) < 1, name, "0 or more, and less than 1")
+            require(name, 0 <= (getattr(self, name) or 0) < 1, "0 or more, and less than 1")
         starts = ("normal", "sinusoids")
-        require(self.position_start in starts, "position_start", " or ".join(starts))
+        require("position_start", self.position_start in starts, " or ".join(starts))
         look_up(FEED_FORWARDS, self.activation, "model.activation")
         look_up(NORMS, self.norm, "model.norm")
         attention = look_up(ATTENTIONS, self.positions, "model.positions")

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import Blocks
-from .files import InputError
+from .files import InputError, check_setting
 from .model import Transformer, eval_mode, next_token_loss
 
 # %% ../nbs/05_train.ipynb #f54aa961
@@ -71,8 +71,7 @@ class TrainConfig:
         def need(names, good, wish):
             for name in names.split():
                 value = getattr(self, name)
-                if value is not None and not good(value):
-                    raise InputError(f"train.{name} is {value!r}: give {wish}")
+                check_setting(self, "train", name, value is None or good(value), wish)
 
         for field in fields(self):
             if get_origin(field.type) is Literal:

@@ -11,12 +11,13 @@ __all__ = ['Prompt', 'TokenId', 'ServeConfig', 'StrictModel', 'StreamOptions', '
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..files import InputError
+from ..files import InputError, check_setting
 
 # %% ../../nbs/appendix/serve_schemas.ipynb #b3bd339e
 @dataclass
@@ -36,15 +37,12 @@ class ServeConfig:
     key: str = field(default_factory=lambda: os.environ.get("TINYTRANSFORMER_KEY", ""), repr=False)
 
     def __post_init__(self):
-        def limit(name, fits, wanted):
-            if not fits:
-                raise InputError(f"serve.{name} is {getattr(self, name)}: give {wanted}")
-
-        limit("port", 0 <= self.port < 2**16, "0 to 65535")
+        require = partial(check_setting, self, "serve")
+        require("port", 0 <= self.port < 2**16, "0 to 65535")
         for name in ("rows", "max_tokens", "max_body", "max_weights"):
-            limit(name, getattr(self, name) >= 1, "at least 1")
-        limit("queue", self.queue >= 0, "0 or more")
-        limit("shutdown_seconds", 0 <= self.shutdown_seconds < 1e6, "0 or more, below a million")
+            require(name, getattr(self, name) >= 1, "at least 1")
+        require("queue", self.queue >= 0, "0 or more")
+        require("shutdown_seconds", 0 <= self.shutdown_seconds < 1e6, "0 or more, below a million")
         if not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
             raise InputError("serve.key: give letters, digits and signs of ASCII, without spaces")
 
