@@ -483,7 +483,7 @@ def test_half_of_a_character(open_page):
     expect(page.locator("#said")).to_contain_text("half of a character")
 
 
-def test_a_file_that_was_cut_or_a_model_that_diverged(open_page, tiny, tmp_path):
+def test_a_file_that_was_cut(open_page, tiny, tmp_path):
     data = model_page(tiny).html
     cut = tmp_path / "cut.html"
     start = data.index('"weights": "') + 2000

@@ -135,12 +135,16 @@ def test_looking(run):
     shown = attention_map(seen.weights, seen.tokens, vectors=seen.vectors)
     losses = ablation(run.model, ids)
     attention_map(seen.weights, seen.tokens, statistics={"loss without it": losses})
+    weights, logits = seen.weights.cpu(), seen.logits.cpu()
     explorer = AttentionExplorer(run.model, run.tokenizer, " = The Mill")
     assert "token" in explorer.report()
     run.model.cpu()
     there = look(run.model, ids, tokens)
-    same = attention_map(there.weights, there.tokens)
-    assert same.data["tokens"] == shown.data["tokens"]
+    torch.testing.assert_close(weights, there.weights)
+    torch.testing.assert_close(logits, there.logits)
+    assert losses == pytest.approx(ablation(run.model, ids), abs=1e-5)
+    same = attention_map(there.weights, there.tokens, vectors=there.vectors)
+    assert same.data["weights"] == shown.data["weights"]
 
 
 def test_server(run):

@@ -71,6 +71,7 @@ from .generate import SampleConfig
 from .hf import export, settings_from_gpt2
 from .loop import Stopped
 from .model import ModelConfig, count_parameters
+from .model_page import model_page
 from tinytransformer.runs import (
     MAX_EXCESS_LOSS,
     MIN_FACT_RECALL,
@@ -695,8 +696,6 @@ def export_command(cfg: Namespace) -> None:
 
 def page_command(cfg: Namespace) -> None:
     "Write a page with the model of a run in it."
-    from tinytransformer.model_page import model_page
-
     file = Path(cfg.FILE).expanduser()
     if file.exists():
         raise InputError(f"{file} is there already: give the name of a new file")
