@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_WEIGHTS', 'FLOOR', 'SCRIPT', 'WITHOUT_SCRIPTS', 'check_causal', 'as_weights', 'select', 'encode', 'decode',
-           'pack', 'entropy', 'to_previous', 'to_first', 'induction', 'head_statistics', 'thumbnail', 'contact_sheet',
-           'AttentionMap', 'script', 'save_page', 'check_size', 'as_statistics', 'as_vectors', 'attention_map',
-           'SideBySide', 'side_by_side']
+           'pack', 'script_json', 'entropy', 'to_previous', 'to_first', 'induction', 'head_statistics', 'thumbnail',
+           'contact_sheet', 'AttentionMap', 'script', 'save_page', 'check_size', 'as_statistics', 'as_vectors',
+           'attention_map', 'SideBySide', 'side_by_side']
 
 # %% ../nbs/appendix/attention_map.ipynb #465fc92f
 import base64
@@ -132,9 +132,17 @@ def decode(codes: np.ndarray, bits: int = 8) -> np.ndarray:  # weights
     return np.where(codes == 0, 0.0, floor ** ((top - codes.astype(np.float64)) / (top - 1)))
 
 # %% ../nbs/appendix/attention_map.ipynb #56d85ed2
-def pack(array: np.ndarray) -> str:
-    "Its bytes, deflated, as text for a page."
-    return base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()
+def pack(content: bytes) -> str:
+    "Bytes, deflated, as text for a page."
+    return base64.b64encode(zlib.compress(content, 9)).decode()
+
+
+def script_json(content: object) -> str:
+    "JSON that cannot end the script element it stands in."
+    text = json.dumps(content, allow_nan=False)
+    for letter in "<>&":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return text
 
 # %% ../nbs/appendix/attention_map.ipynb #4b8add50
 def entropy(weights: np.ndarray) -> np.ndarray:  # (..., T, T) -> (...)
@@ -246,16 +254,10 @@ class AttentionMap:
             f"Attention weights of {layers} x {heads} heads for {len(self.data['tokens'])} tokens,"
             f" a row of small tables for each layer. {self.data['title']}".strip()
         )
-        content = (
-            json.dumps(self.data, allow_nan=False)
-            .replace("<", "\\u003c")
-            .replace(">", "\\u003e")
-            .replace("&", "\\u0026")
-        )
         return (
             f'<div class="attention-map" data-lm-suppress-shortcuts="true"><img alt="{alt}"'
             f' src="data:image/png;base64,{base64.b64encode(self.sheet).decode()}"><script'
-            f' type="application/json">{content}</script></div>'
+            f' type="application/json">{script_json(self.data)}</script></div>'
         )
 
     def _repr_html_(self) -> str:
@@ -380,7 +382,7 @@ def attention_map(
         heads=heads,
         bits=bits,
         floor=FLOOR[bits],
-        weights=pack(encode(array[some][..., row, column], bits)),
+        weights=pack(encode(array[some][..., row, column], bits).tobytes()),
         vectors=None,
         head_dim=None,
         statistics={
@@ -391,7 +393,7 @@ def attention_map(
     if vectors is not None:
         qkv = as_vectors(vectors, array.shape)
         shown = np.stack([part[some] for part in qkv])
-        data |= dict(vectors=pack(shown.astype("<f4")), head_dim=qkv.shape[-1])
+        data |= dict(vectors=pack(shown.astype("<f4").tobytes()), head_dim=qkv.shape[-1])
     return AttentionMap(data, contact_sheet(array[some], layers, heads))
 
 # %% ../nbs/appendix/attention_map.ipynb #5f9cab36
