@@ -410,7 +410,7 @@ def test_resumed_where_its_data_are_gone(own, tmp_path_factory, monkeypatch, cap
     shutil.rmtree(own / "data")
     monkeypatch.chdir(there)
     main(["train", "--resume", str(own / "runs/small"), "--train.max_steps", "7"])
-    assert "small are not found: they are prepared again in data" in capsys.readouterr().err
+    assert "small were not found: preparing them again in data" in capsys.readouterr().err
 
 
 def test_run_on_a_second_disk(own, tmp_path_factory, monkeypatch):
