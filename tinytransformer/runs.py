@@ -48,9 +48,11 @@ from tinytransformer.checkpoint import (
     Checkpoints,
     check_unchanged,
     check_weights,
+    keep_weights,
     load_weights,
     random_state,
     read_checkpoint,
+    read_start,
     set_random_state,
 )
 from .config import CONFIGS, make_config, read_config, upgrade_config
@@ -498,8 +500,9 @@ def train_model(
     log: Callable[[dict], None],
     write: Callable[[Transformer], str],
 ) -> None:
-    """Run `fit`, keep each row, and write a sample at each evaluation with a finite loss. All that
-    comes after the checkpoint; what fails there, but for a full disk, does not end the training.
+    """Run `fit`, keep each row, write a sample at each evaluation with a finite loss, and the weights
+    where `train.keep_at` asks for them. All that comes after the checkpoint; what fails there, but
+    for a full disk, does not end the training.
     """
     by_products = ByProducts()
 
@@ -511,12 +514,20 @@ def train_model(
         if accelerator.is_main_process:
             by_products.attempt("the sample", lambda: write_sample(whole, write, run_log, row))
 
+    def add_weights(step):
+        if step not in job.train.keep_at:
+            return
+        weights = dict(whole_model(net, accelerator).named_parameters())
+        if accelerator.is_main_process:
+            by_products.attempt("the history", lambda: keep_weights(job.run, step, weights))
+
     def keep(row):
         if accelerator.is_main_process:
             run_log.log(row)
             if checkpoints.saved == row["step"]:
                 run_log.trackers.confirm(row["step"])
         add_sample(row)
+        add_weights(row["step"])
         if accelerator.is_main_process:
             by_products.attempt("the log", lambda: log(row))
         by_products.attempt("the progress bar", lambda: advance(row))
@@ -528,9 +539,13 @@ def train_model(
             run_log.metrics.add(row)
         if "samples.jsonl" in missing:
             add_sample(row)
+        add_weights(row["step"])
 
     checkpoints.loaded = catch_up
     done = checkpoints.found.info["step"] if checkpoints.found else 0
+    if 0 in job.train.keep_at and not checkpoints.found and accelerator.is_main_process:
+        first = read_start(job.run) if (job.run / START).exists() else dict(net.named_parameters())
+        by_products.attempt("the history", lambda: keep_weights(job.run, 0, first))
     with note_stop_signals() as signals, progress_bar(job.train.max_steps, done) as advance:
         fit(
             net,
