@@ -7,9 +7,9 @@ __all__ = ['MAX_EXCESS_LOSS', 'MIN_FACT_RECALL', 'TRAINED_FOLDER', 'TRAINED', 'i
            'separate_compiled_kernels', 'environment', 'git_commit', 'run_lock', 'check_new_folder', 'check_run_folder',
            'is_compile_error', 'explain_training_errors', 'summary', 'near_floor', 'compare_with_floor', 'Run', 'Job',
            'resolve_settings', 'train_run', 'report_changes', 'report_jump', 'build_model', 'describe_checkpoints',
-           'train_model', 'write_sample', 'undisturbed', 'whole_model', 'write_settings', 'draw_curve', 'write_results',
-           'read_run_config', 'read_run_tokenizer', 'check_finite', 'load_run', 'find_data', 'prepare_again',
-           'run_data']
+           'train_model', 'add_to_history', 'write_sample', 'undisturbed', 'whole_model', 'write_settings',
+           'draw_curve', 'write_results', 'read_run_config', 'read_run_tokenizer', 'check_finite', 'load_run',
+           'find_data', 'prepare_again', 'run_data']
 
 # %% ../nbs/appendix/runs.ipynb #9d219095
 import getpass
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -500,11 +501,10 @@ def train_model(
     log: Callable[[dict], None],
     write: Callable[[Transformer], str],
 ) -> None:
-    """Run `fit`, keep each row, write a sample at each evaluation with a finite loss, and the weights
-    where `train.keep_at` asks for them. All that comes after the checkpoint; what fails there, but
-    for a full disk, does not end the training.
-    """
+    """Run `fit`; keep each row, and samples and weights where they are due. What fails after the
+    checkpoint, but for a full disk, does not end the training."""
     by_products = ByProducts()
+    add_weights = partial(add_to_history, job, net, accelerator, by_products)
 
     def add_sample(row):
         val_loss = row.get("val_loss")  # a checkpoint has null for one that was not finite
@@ -513,13 +513,6 @@ def train_model(
         whole = whole_model(net, accelerator)  # every process must give its part
         if accelerator.is_main_process:
             by_products.attempt("the sample", lambda: write_sample(whole, write, run_log, row))
-
-    def add_weights(step):
-        if step not in job.train.keep_at:
-            return
-        weights = dict(whole_model(net, accelerator).named_parameters())
-        if accelerator.is_main_process:
-            by_products.attempt("the history", lambda: keep_weights(job.run, step, weights))
 
     def keep(row):
         if accelerator.is_main_process:
@@ -543,9 +536,8 @@ def train_model(
 
     checkpoints.loaded = catch_up
     done = checkpoints.found.info["step"] if checkpoints.found else 0
-    if 0 in job.train.keep_at and not checkpoints.found and accelerator.is_main_process:
-        first = read_start(job.run) if (job.run / START).exists() else dict(net.named_parameters())
-        by_products.attempt("the history", lambda: keep_weights(job.run, 0, first))
+    if not checkpoints.found:
+        add_weights(0)
     with note_stop_signals() as signals, progress_bar(job.train.max_steps, done) as advance:
         fit(
             net,
@@ -560,6 +552,19 @@ def train_model(
         )
     if late := agree_on_signal(signals, accelerator):  # it came during the last evaluation
         raise Stopped(late, checkpoints.saved or done)
+
+
+def add_to_history(
+    job: Job, model: Transformer, accelerator: Accelerator, by_products: ByProducts, step: int
+) -> None:
+    "Keep the weights that the model has after a step, if `train.keep_at` has it."
+    if step not in job.train.keep_at:
+        return
+    weights = dict(whole_model(model, accelerator).named_parameters())  # every process has a part
+    if step == 0 and (job.run / START).exists():
+        weights = read_start(job.run)  # they are put into the model later
+    if accelerator.is_main_process:
+        by_products.attempt("the history", lambda: keep_weights(job.run, step, weights))
 
 
 def write_sample(
