@@ -123,8 +123,9 @@ def test_diverged(here):
         said,
     )
     assert re.search(
-        r"last good checkpoint is that of step \d: to go on from it, add --train.skip_non_finite"
-        r" true to `tinytransformer train --resume runs/diverged`",
+        r"last good checkpoint is that of step \d: to go on from there, resume it with"
+        r" train.skip_non_finite true \(`tinytransformer train --resume runs/diverged"
+        r" --train.skip_non_finite true`",
         said,
     )
     assert "diverged" in refusal("train", "--resume", "runs/diverged")  # and again, from there
@@ -149,8 +150,8 @@ def test_too_large_for_the_memory(here):
 def test_run_folder_is_never_overwritten(here):
     before = (here / "runs/small/last/model.safetensors").read_bytes()
     assert (
-        "runs/small holds a run already: go on with it by `tinytransformer train --resume"
-        " runs/small`" in refusal(*TRAIN, "--folder", "runs/small")
+        "runs/small already holds a run: resume it (`tinytransformer train --resume runs/small`"
+        in refusal(*TRAIN, "--folder", "runs/small")
     )
     assert (here / "runs/small/last/model.safetensors").read_bytes() == before
 
@@ -158,7 +159,7 @@ def test_run_folder_is_never_overwritten(here):
 def test_a_folder_of_the_users_is_never_overwritten(here):
     (here / "mine").mkdir(exist_ok=True)
     (here / "mine/notes.txt").write_text("precious")
-    assert "mine holds something already" in refusal(*TRAIN, "--folder", "mine")
+    assert "mine is not empty" in refusal(*TRAIN, "--folder", "mine")
     assert (here / "mine/notes.txt").read_text() == "precious" and len(
         list((here / "mine").iterdir())
     ) == 1

@@ -237,8 +237,8 @@ def test_interrupted_early(tmp_path, command, seconds):
         ("folder: {}", "folder is not a section of the configuration"),
         ("resume: {seed: 1}", "resume is not a section of the configuration"),
         ("serve: {}", "serve is not a section of the configuration"),
-        ("train:\n  seed: 1\n  max_steps: 2\n  seed: 3", "line 4: seed stands there twice"),
-        ("train: {}\nmodel: {}\ntrain: {}", "line 3: train stands there twice"),
+        ("train:\n  seed: 1\n  max_steps: 2\n  seed: 3", "line 4: seed appears twice"),
+        ("train: {}\nmodel: {}\ntrain: {}", "line 3: train appears twice"),
         ("train: {max_steps: 010}", "line 1: 010 would be read as an octal number"),
         ("train:\n  max_steps: 1:30", "line 2: 1:30 would be read as a time"),
         ("train: {learning_rate: 1:30.5}", "1:30.5 would be read as a time"),
@@ -410,7 +410,7 @@ def test_resumed_where_its_data_are_gone(own, tmp_path_factory, monkeypatch, cap
     shutil.rmtree(own / "data")
     monkeypatch.chdir(there)
     main(["train", "--resume", str(own / "runs/small"), "--train.max_steps", "7"])
-    assert "small are not found: they are prepared again in data" in capsys.readouterr().err
+    assert "small were not found: preparing them again in data" in capsys.readouterr().err
 
 
 def test_run_on_a_second_disk(own, tmp_path_factory, monkeypatch):

@@ -96,10 +96,10 @@ def save_checkpoint(
             "state.pt": buffer.getvalue(),
         }
         digests = {name: digest(content) for name, content in files.items()}
-        about = to_json(info | dict(files=digests), indent=1)
+        readable = to_json(info | dict(files=digests), indent=1)
         for folder, previous in folders:
             with whole_folder(folder, previous) as new:
-                for name, content in (files | {"checkpoint.json": about}).items():
+                for name, content in (files | {"checkpoint.json": readable}).items():
                     write_whole(new / name, content)
 
     on_main(write)
@@ -199,7 +199,7 @@ CHANGEABLE_SETTINGS = {
 
 
 def check_unchanged(
-    run: Path,
+    folder: Path,  # of the run
     old: dict,  # section -> field -> value
     new: dict,  # likewise
 ) -> None:
@@ -212,8 +212,8 @@ def check_unchanged(
             was = old.get(section, {}).get(name, getattr(default, name, None))
             if was != value and f"{section}.{name}" not in CHANGEABLE_SETTINGS:
                 raise InputError(
-                    f"{run} was begun with {section}.{name} {was}, not {value}: leave it as it was,"
-                    " or start a new run"
+                    f"{folder} was started with {section}.{name} {was}, not {value}: leave it as it"
+                    " was, or start a new run"
                 )
 
 # %% ../nbs/appendix/checkpoint.ipynb #705094b4
@@ -221,14 +221,14 @@ def check_unchanged(
 START = "start.safetensors"
 
 
-def read_start(run: Path) -> dict[str, torch.Tensor]:
+def read_start(folder: Path) -> dict[str, torch.Tensor]:
     "The weights that a run began with. Raises `InputError` if the file is damaged."
     try:
-        return safetensors.torch.load_file(run / START)
+        return safetensors.torch.load_file(folder / START)
     except Exception as error:
         raise InputError(
-            f"{run / START} is damaged ({' '.join(str(error).split())[:100]}): start a new run in"
-            " another folder"
+            f"{folder / START} is damaged ({' '.join(str(error).split())[:100]}): start a new run"
+            " in a different folder"
         ) from error
 
 
@@ -245,8 +245,8 @@ def same_text(
 class Checkpoints:
     "The checkpoints of a run: `last`, `previous` and `best`."
 
-    run: Path
-    about: dict  # what each of them says of itself: config, data, versions, commit
+    folder: Path  # of the run
+    description: dict  # what each of them says about the run: config, data, versions, commit
     found: Checkpoint | None = field(default=None, repr=False)  # by `find`, for `load`
     # gets the row of the checkpoint that was loaded, on every process
     loaded: Callable[[dict], None] = field(default=lambda row: None, repr=False)
@@ -258,10 +258,10 @@ class Checkpoints:
         """
         damaged = []
         for name in ("last", "previous", "best"):
-            if not (self.run / name).exists():
+            if not (self.folder / name).exists():
                 continue  # killed between two renames, or deleted
             try:
-                checkpoint = read_checkpoint(self.run / name)
+                checkpoint = read_checkpoint(self.folder / name)
             except InputError as error:
                 damaged.append(str(error))
                 continue
@@ -271,8 +271,8 @@ class Checkpoints:
             return checkpoint
         if damaged:
             raise InputError(
-                f"{'; '.join(damaged)}; there is no other to go on from: start a new run in another"
-                " folder"
+                f"{'; '.join(damaged)}; there is no other to go on from: start a new run in a"
+                " different folder"
             )
         return None
 
@@ -282,22 +282,22 @@ class Checkpoints:
         """
         self.found = self.newest()
         if self.found is None:
-            if (self.run / START).exists():
-                check_weights(model, read_start(self.run))
+            if (self.folder / START).exists():
+                check_weights(model, read_start(self.folder))
             return
-        info, config = self.found.info, self.about["config"]
+        info, config = self.found.info, self.description["config"]
         old = upgrade_config(info["config"])
-        if not same_text(info, self.about):
+        if not same_text(info, self.description):
             raise InputError(
-                f"the checkpoint in {self.run} was trained on other data or with another tokenizer:"
-                " give those it was trained on, or start a new run"
+                f"the checkpoint in {self.folder} was trained on other data or with another"
+                " tokenizer: give those it was trained on, or start a new run"
             )
-        check_unchanged(self.run, old, config)
+        check_unchanged(self.folder, old, config)
         step, most = info["progress"]["step"], config["train"]["max_steps"]
         if step > most:
             raise InputError(
-                f"{self.run} has {step} steps already, and train.max_steps is {most}: give {step}"
-                " or more"
+                f"{self.folder} already has {step} steps, but train.max_steps is {most}: give"
+                f" {step} or more"
             )
         check_weights(model, self.found.weights)
 
@@ -309,8 +309,8 @@ class Checkpoints:
             self.find(model)
         checkpoint, self.found = self.found, None
         if checkpoint is None:
-            if (self.run / START).exists():
-                load_weights(model, read_start(self.run))
+            if (self.folder / START).exists():
+                load_weights(model, read_start(self.folder))
             return Progress()
         restore(checkpoint, model, optimizer)
         self.loaded(checkpoint.info["metrics"])
@@ -325,12 +325,12 @@ class Checkpoints:
         better: bool,
     ) -> None:
         "Write `last`, after moving the one there to `previous`, and `best` if it is better."
-        folders = [(self.run / "best", None)] if better else []
-        info = self.about | dict(
+        folders = [(self.folder / "best", None)] if better else []
+        info = self.description | dict(
             step=progress.step, epoch=row["epoch"], progress=asdict(progress), metrics=row
         )
         save_checkpoint(
-            [*folders, (self.run / "last", self.run / "previous")], model, optimizer, info
+            [*folders, (self.folder / "last", self.folder / "previous")], model, optimizer, info
         )
         self.saved = progress.step
 

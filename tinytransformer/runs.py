@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MAX_EXCESS_LOSS', 'MIN_FACT_RECALL', 'TRAINED_FOLDER', 'TRAINED', 'installed_version', 'processor',
-           'separate_compiled_kernels', 'environment', 'git_commit', 'run_lock', 'check_new_folder', 'check_run_folder',
-           'is_compile_error', 'explain_training_errors', 'summary', 'near_floor', 'compare_with_floor', 'Run', 'Job',
-           'resolve_settings', 'train_run', 'report_changes', 'report_jump', 'build_model', 'describe_checkpoints',
-           'train_model', 'add_to_history', 'write_sample', 'undisturbed', 'whole_model', 'write_settings',
-           'draw_curve', 'write_results', 'read_run_config', 'read_run_tokenizer', 'check_finite', 'load_run',
-           'find_data', 'prepare_again', 'run_data']
+           'separate_compiled_kernels', 'environment', 'git_commit', 'run_lock', 'resume_advice', 'check_new_folder',
+           'check_run_folder', 'is_compile_error', 'explain_training_errors', 'summary', 'near_floor',
+           'compare_with_floor', 'Run', 'Job', 'resolve_settings', 'train_run', 'report_changes', 'report_jump',
+           'build_model', 'describe_run', 'train_model', 'add_to_history', 'write_sample', 'undisturbed',
+           'gather_model', 'write_settings', 'draw_curve', 'write_results', 'read_run_config', 'read_run_tokenizer',
+           'check_finite', 'load_run', 'find_data', 'prepare_again', 'run_data']
 
 # %% ../nbs/appendix/runs.ipynb #9d219095
 import getpass
@@ -173,19 +173,20 @@ def git_commit() -> str | None:
 
 # %% ../nbs/appendix/runs.ipynb #da2860e0
 @contextmanager
-def run_lock(run: Path) -> Iterator[None]:
-    """Held by the one training that writes in the folder `run`. Raises `InputError` if another
+def run_lock(folder: Path) -> Iterator[None]:
+    """A lock on `folder`, for the one training that writes there. Raises `InputError` if another
     process holds it.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / ".lock")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
 
     def acquire():
         try:
             lock.acquire(blocking=False)
         except Timeout:
             raise InputError(
-                f"{run} is being written by another process: wait for it, or choose another folder"
+                f"{folder} is being written by another process: wait for it, or choose a different"
+                " folder"
             ) from None
 
     on_main(acquire)
@@ -195,38 +196,50 @@ def run_lock(run: Path) -> Iterator[None]:
         lock.release()
 
 
-def check_new_folder(run: Path) -> None:
+def resume_advice(
+    folder: Path,  # of a run
+    change: str = "",  # a setting and its new value, such as `train.compile false`
+) -> str:
+    "How to go on with a run, for a message to those who type a command or call `train_run`."
+    command = f"tinytransformer train --resume {shlex.quote(str(folder))}"
+    if change:
+        return f"resume it with {change} (`{command} --{change}`, or `resume=True` in Python)"
+    return f"resume it (`{command}`, or `resume=True` in Python)"
+
+
+def check_new_folder(folder: Path) -> None:
     "Raise `InputError` for a folder that holds something."
-    if (run / "config.yaml").is_file():
+    if (folder / "config.yaml").is_file():
         raise InputError(
-            f"{run} holds a run already: go on with it by `tinytransformer train --resume {run}`,"
-            " or choose another folder"
+            f"{folder} already holds a run: {resume_advice(folder)}, or choose a different folder"
         )
-    if run.exists() and any(f.name != ".lock" for f in run.iterdir()):
-        raise InputError(f"{run} holds something already: choose another folder, or delete it")
+    if folder.exists() and any(f.name != ".lock" for f in folder.iterdir()):
+        raise InputError(
+            f"{folder} is not empty: choose a different folder, or delete this one first"
+        )
 
 
 def check_run_folder(
-    run: Path,
+    folder: Path,
     config: dict,  # section -> field -> value
     resume: bool,
 ) -> None:
     "Raise `InputError` for a folder that this training must not write to."
     if not resume:
-        return check_new_folder(run)
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"there is nothing to resume in {run}: it holds no config.yaml")
-    old, new = read_config(run / "config.yaml"), config["train"]
-    check_unchanged(run, old, config)
-    done = read_json(run / "summary.json").get("steps")
+        return check_new_folder(folder)
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"there is nothing to resume in {folder}: it holds no config.yaml")
+    old, new = read_config(folder / "config.yaml"), config["train"]
+    check_unchanged(folder, old, config)
+    done = read_json(folder / "summary.json").get("steps")
     if done is None:
         return
     early = done < old["train"]["max_steps"]  # patience ended it
     if new["max_steps"] <= done or early and new["patience"] == old["train"]["patience"]:
         raise InputError(
-            f"{run} is complete after {done} steps, nothing is left to do: to go on, give a larger"
-            " --train.max_steps"
-            + (", and a larger --train.patience, which ended it" if early else "")
+            f"{folder} is complete after {done} steps, so nothing is left to do: to train it for"
+            " longer, give a larger train.max_steps"
+            + (", and a larger train.patience, because that is what ended it" if early else "")
         )
 
 # %% ../nbs/appendix/runs.ipynb #d0ef3380
@@ -237,41 +250,42 @@ def is_compile_error(error: Exception) -> bool:
 
 
 @contextmanager
-def explain_training_errors(run: Path) -> Iterator[None]:
+def explain_training_errors(folder: Path) -> Iterator[None]:
     "Turn what ended a training into an `InputError` that says in one line how to go on."
-    again = f"`tinytransformer train --resume {shlex.quote(str(run))}`"
+    again = resume_advice(folder)
     try:
         yield
     except Diverged as error:
-        last = run / "last/checkpoint.json"
+        last = folder / "last/checkpoint.json"
         kept = (
             f"the last good checkpoint is that of step {read_json(last).get('step')}: to go on from"
-            f" it, add --train.skip_non_finite true to {again}; a lower rate is for a new run"
+            f" there, {resume_advice(folder, 'train.skip_non_finite true')}; a lower rate needs a"
+            " new run"
             if last.exists()
             else "there is no checkpoint before it"
         )
         raise InputError(f"{error}; {kept}") from error
     except OSError as error:
-        if not is_write_error(error, run):
+        if not is_write_error(error, folder):
             raise
-        begun = (run / "config.yaml").is_file()
-        way_out = f"put that right, then go on by {again}" if begun else "choose another folder"
+        begun = (folder / "config.yaml").is_file()
+        way_out = f"put that right, then {again}" if begun else "choose a different folder"
         raise InputError(
-            f"{run} cannot be written ({error.strerror or error}): {way_out}"
+            f"{folder} cannot be written ({error.strerror or error}): {way_out}"
         ) from error
     except RuntimeError as error:
         if is_compile_error(error):
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"torch.compile does not work here ({reason}): go on by {again[:-1]}"
-                " --train.compile false`"
+                f"torch.compile does not work here ({reason}):"
+                f" {resume_advice(folder, 'train.compile false')}"
             ) from error
         if processes().num_processes == 1 or not re.search("gloo|NCCL|[Cc]onnection", str(error)):
             raise
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"the processes of this training could not talk to each other ({reason}): see whether"
-            f" another one has said why it ended, then go on by {again}"
+            f" one of them has reported why it ended, then {again}"
         ) from error
 
 # %% ../nbs/appendix/runs.ipynb #82f29ad4
@@ -342,7 +356,7 @@ class Run:
 class Job:
     "All that a training needs to know before it begins."
 
-    run: Path
+    folder: Path  # where the run is kept
     corpus: Corpus
     model: ModelConfig
     train: TrainConfig
@@ -351,7 +365,7 @@ class Job:
 
 
 def resolve_settings(
-    run: Path,
+    folder: Path,
     data: DataConfig,
     model: ModelConfig,
     train: TrainConfig,
@@ -359,13 +373,13 @@ def resolve_settings(
     sections: dict[str, object] | None = None,  # further dataclasses by the name of their section
     corpus: Corpus | None = None,  # of `data`, if it has been prepared already
 ) -> Job:
-    """Prepare the text and complete the settings; nothing is written in the folder `run`. Raises
+    """Prepare the text and complete the settings; nothing is written in `folder`. Raises
     `InputError` for settings that do not fit the text.
     """
     if train.init_from:
-        begun = run if resume else None
+        begun = folder if resume else None
         data, model = settings_from_gpt2(data, model, train.init_from, begun)
-    corpus = corpus or (prepare_again(data, run) if resume else prepare(data))
+    corpus = corpus or (prepare_again(data, folder) if resume else prepare(data))
     model = replace(model, vocab_size=model.vocab_size or corpus.vocab_size)
     if model.vocab_size != corpus.vocab_size:
         raise InputError(
@@ -378,11 +392,11 @@ def resolve_settings(
     next(batches(Blocks(corpus.streams["train"], model.seq_len), train.batch_size, train.seed))
     settings: dict[str, Any] = dict(data=data, model=model, train=train, **(sections or {}))
     config = {section: asdict(values) for section, values in settings.items()}
-    return Job(run, corpus, model, train, config, resume)
+    return Job(folder, corpus, model, train, config, resume)
 
 
 def train_run(
-    run: Path,  # its folder: a new or empty one, or with `resume` that of a run already begun
+    folder: Path,  # a new or empty one, or with `resume` that of a run already begun
     data: DataConfig,
     model: ModelConfig,
     train: TrainConfig,
@@ -394,43 +408,47 @@ def train_run(
     sections: dict[str, object] | None = None,
     corpus: Corpus | None = None,  # of `data`, if it has been prepared already
 ) -> Run:
-    """Prepare, train, and keep everything about it in the folder `run`.
+    """Prepare, train, and keep everything about it in `folder`.
 
     Raises `InputError` for settings or a folder that do not fit, where the folder cannot be
     written, and if training diverges; `Stopped` after a signal, with a checkpoint written;
     `OtherRankFailed` where process 0 reports the reason.
     """
-    check_path(run)
-    job = resolve_settings(run, data, model, train, resume, sections, corpus)
+    check_path(folder)
+    job = resolve_settings(folder, data, model, train, resume, sections, corpus)
     accelerator = make_accelerator(train)
     if train.optimizer == "muon" and accelerator.is_fsdp2:
         raise InputError(
             "train.optimizer is muon, which needs whole matrices, but FSDP cuts them: give adamw"
         )
-    trackers = Trackers(train.track, run, job.config)
-    on_main(lambda: check_run_folder(run, job.config, resume))
+    trackers = Trackers(train.track, folder, job.config)
+    on_main(lambda: check_run_folder(folder, job.config, resume))
     set_seed(train.seed)
     net = build_model(job)  # first, so that running out of memory leaves nothing behind
     weights = None
     if train.init_from and not resume:
         weights = weights_from_gpt2(train.init_from, job.model.seq_len)
-    with explain_training_errors(run), run_lock(run), deterministic_kernels(accelerator.device):
+    with (
+        explain_training_errors(folder),
+        run_lock(folder),
+        deterministic_kernels(accelerator.device),
+    ):
         # again, now that nobody else can change it
-        on_main(lambda: check_run_folder(run, job.config, resume))
+        on_main(lambda: check_run_folder(folder, job.config, resume))
         here = environment(accelerator)
-        checkpoints = Checkpoints(run, describe_checkpoints(job, here))
+        checkpoints = Checkpoints(folder, describe_run(job, here))
         checkpoints.find(net)
         if checkpoints.found:
             report_changes(job, checkpoints.found)
         on_main(lambda: write_settings(job, here, weights))
         set_seed(train.seed, device_specific=True)  # different dropout on each process
-        run_log = RunLog(run, trackers)
+        run_log = RunLog(folder, trackers)
         try:
             train_model(job, net, accelerator, checkpoints, run_log, log, write)
             on_main(lambda: write_results(job, trackers))
         finally:
             run_log.close()
-    return load_run(run)
+    return load_run(folder)
 
 
 def report_changes(
@@ -478,11 +496,11 @@ def build_model(job: Job) -> Transformer:
     return model
 
 
-def describe_checkpoints(
+def describe_run(
     job: Job,
     here: dict,  # of `environment`
 ) -> dict:
-    "What each checkpoint says of itself, besides its step and its metrics."
+    "What each checkpoint says about its run, besides its own step and metrics."
     return dict(
         config=job.config,
         data=job.corpus.fingerprint,
@@ -510,9 +528,9 @@ def train_model(
         val_loss = row.get("val_loss")  # a checkpoint has null for one that was not finite
         if val_loss is None or not math.isfinite(val_loss):
             return
-        whole = whole_model(net, accelerator)  # every process must give its part
+        gathered = gather_model(net, accelerator)  # every process must give its part
         if accelerator.is_main_process:
-            by_products.attempt("the sample", lambda: write_sample(whole, write, run_log, row))
+            by_products.attempt("the sample", lambda: write_sample(gathered, write, run_log, row))
 
     def keep(row):
         if accelerator.is_main_process:
@@ -588,7 +606,7 @@ def undisturbed(model: Transformer) -> Iterator[None]:
         model.train(training)
 
 
-def whole_model(model: Transformer, accelerator: Accelerator) -> Transformer:
+def gather_model(model: Transformer, accelerator: Accelerator) -> Transformer:
     """The model; where its weights are spread over processes, a copy that has them all, on the
     first of them.
     """
@@ -608,14 +626,14 @@ def whole_model(model: Transformer, accelerator: Accelerator) -> Transformer:
 
 def write_settings(job: Job, here: dict, weights: dict[str, torch.Tensor] | None) -> None:
     "Write what is known before the first step; a run that was complete no longer is."
-    run = job.run
+    folder = job.folder
     if weights:
-        write_whole(run / START, safetensors.torch.save(weights))
-    starts = read_json(run / "environment.json", list)
-    write_json(run / "environment.json", [*starts, here])
-    write_whole(run / "tokenizer.json", job.corpus.tokenizer.to_str(pretty=True))
-    (run / "summary.json").unlink(missing_ok=True)
-    write_whole(run / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
+        write_whole(folder / START, safetensors.torch.save(weights))
+    starts = read_json(folder / "environment.json", list)
+    write_json(folder / "environment.json", [*starts, here])
+    write_whole(folder / "tokenizer.json", job.corpus.tokenizer.to_str(pretty=True))
+    (folder / "summary.json").unlink(missing_ok=True)
+    write_whole(folder / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
 
 
 def draw_curve(rows: list[dict], found: dict) -> bytes:  # of a PNG file
@@ -628,21 +646,21 @@ def draw_curve(rows: list[dict], found: dict) -> bytes:  # of a PNG file
 
 def write_results(job: Job, trackers: Trackers) -> None:
     "Write what is known after the last step. Raises `InputError` if no validation loss was finite."
-    run, corpus = job.run, job.corpus
-    if not (run / "best").is_dir():
+    folder, corpus = job.folder, job.corpus
+    if not (folder / "best").is_dir():
         raise InputError(
             "no evaluation found a finite validation loss: lower train.learning_rate and train"
             " again"
         )
     last, best = (
-        read_checkpoint(run / name, state=False).info["metrics"] for name in ("last", "best")
+        read_checkpoint(folder / name, state=False).info["metrics"] for name in ("last", "best")
     )
-    found = summary(corpus, last["step"], best) | compare_with_floor(load_run(run).model, corpus)
-    rows = read_rows(run / "metrics.jsonl")
+    found = summary(corpus, last["step"], best) | compare_with_floor(load_run(folder).model, corpus)
+    rows = read_rows(folder / "metrics.jsonl")
     picture = ByProducts().attempt("the picture of the curve", lambda: draw_curve(rows, found))
     if picture:
-        write_whole(run / "curve.png", picture)
-    write_json(run / "summary.json", found)
+        write_whole(folder / "curve.png", picture)
+    write_json(folder / "summary.json", found)
     trackers.log_results(last["step"])
 
 # %% ../nbs/appendix/runs.ipynb #b8727c4a
@@ -726,24 +744,26 @@ def load_run(
 # %% ../nbs/appendix/runs.ipynb #467294d7
 def find_data(
     data: DataConfig,
-    run: Path,  # the folder of the run that was made for it
+    run_folder: Path,  # of the run that was made for it
 ) -> DataConfig | None:  # the same with the folder where the text is; None if it is nowhere
     "Look for a run's text in `data.data_dir`, from here and from each folder above the run."
-    above = [*run.absolute().parents, *run.resolve().parents]
+    above = [*run_folder.absolute().parents, *run_folder.resolve().parents]
     start = [] if os.path.isabs(data.data_dir) else above
     folders = [Path(data.data_dir), *(folder / data.data_dir for folder in start)]
-    places = [replace(data, data_dir=str(folder)) for folder in folders if folder.is_dir()]
-    whole = (place for place in places if is_current(place, processed_dir(place)))
-    part = (p for p in places if raw_dir(p).is_dir() or processed_dir(p).is_dir())
-    return next(whole, None) or next(part, None)
+    candidates = [replace(data, data_dir=str(folder)) for folder in folders if folder.is_dir()]
+    complete = (c for c in candidates if is_current(c, processed_dir(c)))
+    partial = (c for c in candidates if raw_dir(c).is_dir() or processed_dir(c).is_dir())
+    return next(complete, None) or next(partial, None)
 
 
-def prepare_again(data: DataConfig, run: Path) -> Corpus:
+def prepare_again(data: DataConfig, run_folder: Path) -> Corpus:
     "The text of a run that goes on, from where the run was begun; if it is gone, it is made here."
-    place = find_data(data, run)
-    if place is None:
-        log_message(f"the data of {run} are not found: they are prepared again in {data.data_dir}")
-    return prepare(place or data)
+    found = find_data(data, run_folder)
+    if found is None:
+        log_message(
+            f"the data of {run_folder} were not found: preparing them again in {data.data_dir}"
+        )
+    return prepare(found or data)
 
 
 @contextmanager
@@ -752,15 +772,15 @@ def run_data(run: Run) -> Iterator[Corpus]:
     `InputError` where it is missing and cannot be written again.
     """
     data = make_config(DataConfig, "data", run.config["data"])
-    if place := find_data(data, run.folder):
-        current = is_current(place, processed_dir(place))  # otherwise a part is damaged or missing
-        yield load_corpus(processed_dir(place)) if current else prepare(place)
+    if found := find_data(data, run.folder):
+        current = is_current(found, processed_dir(found))  # otherwise a part is damaged or missing
+        yield load_corpus(processed_dir(found)) if current else prepare(found)
         return
     if (data.dataset, data.tokenizer) != ("tinywiki", "bpe"):
         raise InputError(
             f"the data of {run.folder} are neither in {data.data_dir} nor in a folder of this name"
-            " above the run: `tinytransformer prepare --config"
-            f" {run.folder / 'config.yaml'}` brings them here"
+            " above the run: prepare them again, for example with `tinytransformer prepare --config"
+            f" {run.folder / 'config.yaml'}`"
         )
     with TemporaryDirectory() as folder:
         yield prepare(replace(data, data_dir=folder))

@@ -89,10 +89,10 @@ class Trackers:
     def __init__(
         self,
         names: str | None,  # tensorboard, mlflow, or both with a comma between
-        run: Path,
+        folder: Path,  # of the run
         config: dict,  # section -> field -> value
     ):
-        self.run, self.started = run, False
+        self.folder, self.started = folder, False
         self.held: list[dict] = []  # rows for MLflow that no checkpoint covers yet
         self.sent = 0  # the last step that MLflow has
         self.using: dict[str, Any] = {}  # name -> tracker, None until it is opened
@@ -115,13 +115,13 @@ class Trackers:
 
     def open(self, name: str, step: int) -> None:
         "Open the tracker at a step; a run that goes on is the same run to it."
-        kept = self.run / "mlflow.json"
+        kept = self.folder / "mlflow.json"
         known = name == "mlflow" and "run_id" in (before := read_json(kept))
         if name == "tensorboard":
-            tracker = TensorBoardTracker("tensorboard", self.run, purge_step=step)
+            tracker = TensorBoardTracker("tensorboard", self.folder, purge_step=step)
         else:
             run_id = before["run_id"] if known else None
-            tracker = MLflowTracker("tinytransformer", run_name=self.run.name, run_id=run_id)
+            tracker = MLflowTracker("tinytransformer", run_name=self.folder.name, run_id=run_id)
         tracker.start()
         # MLflow never lets a setting change; config.yaml, kept at the end, is that of the last
         # start
@@ -132,7 +132,9 @@ class Trackers:
         self.using[name] = tracker
         if known:  # a process may have been killed between a checkpoint and its rows
             self.sent = last_step_in_mlflow(before["run_id"])
-            earlier = [row for row in read_rows(self.run / "metrics.jsonl") if row["step"] < step]
+            earlier = [
+                row for row in read_rows(self.folder / "metrics.jsonl") if row["step"] < step
+            ]
             self.held = earlier + self.held
 
     def each(
@@ -146,7 +148,7 @@ class Trackers:
             except Exception as error:
                 log_message(
                     f"{name} does not answer ({' '.join(str(error).split())[:200]}): training goes"
-                    f" on without it, and everything is kept in {self.run}"
+                    f" on without it, and everything is kept in {self.folder}"
                 )
                 del self.using[name]
 
@@ -200,12 +202,12 @@ class Trackers:
             if name == "tensorboard":
                 from matplotlib.image import imread
 
-                curve = imread(self.run / "curve.png")[None, ..., :3]
+                curve = imread(self.folder / "curve.png")[None, ..., :3]
                 return tracker.log_images(dict(curve=curve), step=step, dataformats="NHWC")
             for file in MLFLOW_FILES:
-                if (self.run / file).exists():
-                    tracker.log_artifact(str(self.run / file))
-            tracker.log_artifacts(str(self.run / "best"), "model")
+                if (self.folder / file).exists():
+                    tracker.log_artifact(str(self.folder / file))
+            tracker.log_artifacts(str(self.folder / "best"), "model")
 
         self.each(keep)
         self.close()
@@ -243,9 +245,11 @@ def progress_bar(
 class RunLog:
     "Where the rows and samples of a run go: its two files of JSON lines, and its trackers."
 
-    def __init__(self, run: Path, trackers: Trackers):
+    def __init__(self, folder: Path, trackers: Trackers):
         self.trackers = trackers
-        self.metrics, self.samples = (JsonLines(run / f"{n}.jsonl") for n in ("metrics", "samples"))
+        self.metrics, self.samples = (
+            JsonLines(folder / f"{n}.jsonl") for n in ("metrics", "samples")
+        )
 
     def log(self, row: dict) -> None:
         "Keep the row of a step."

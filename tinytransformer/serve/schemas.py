@@ -22,18 +22,18 @@ from ..files import InputError, check_setting
 # %% ../../nbs/appendix/serve_schemas.ipynb #b3bd339e
 @dataclass
 class ServeConfig:
-    "Where to listen, whom to answer, and how much to take on."
+    "Where to listen, whom to answer, and how much to accept."
 
-    # address to listen at; 0.0.0.0 is reachable from other machines: set a key first
+    # address to listen at; with 0.0.0.0 other machines can reach it, so set a key first
     host: str = "127.0.0.1"
-    port: int = 8000  # 0 takes any that is free
-    rows: int = 16  # texts that are written together
-    queue: int = 64  # texts that may wait; beyond that the answer is 429
-    max_tokens: int = 4096  # that a request may ask for, all its choices together
-    max_body: int = 262_144  # bytes of a request
-    max_weights: int = 1_000_000  # in an attention map
-    shutdown_seconds: float = 20.0  # to finish what is being written when the server is stopped
-    # that clients must send; empty: no key is needed
+    port: int = 8000  # port to listen at; 0: any that is free
+    rows: int = 16  # largest number of texts that are written together
+    queue: int = 64  # largest number of texts that wait; any more are refused with status 429
+    max_tokens: int = 4096  # most tokens that one request may ask for, in all its texts together
+    max_body: int = 262_144  # largest size of a request, in bytes
+    max_weights: int = 1_000_000  # most weights in one attention map
+    shutdown_seconds: float = 20.0  # time to finish what is being written when it is stopped
+    # key that clients must send; empty: they need none
     key: str = field(default_factory=lambda: os.environ.get("TINYTRANSFORMER_KEY", ""), repr=False)
 
     def __post_init__(self):
@@ -48,8 +48,8 @@ class ServeConfig:
 
 # %% ../../nbs/appendix/serve_schemas.ipynb #c0c1b55b
 class StrictModel(BaseModel):
-    """The body of a request: only the fields named here, each of exactly its type. Where a field
-    has a default, null may be given for it.
+    """The body of a request, with only these fields and exactly these types. If a field has a
+    default, null means that default.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -63,7 +63,7 @@ class StrictModel(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict:
-        "Say so in the OpenAPI document, too."
+        "Say in the description of the API, too, that null is allowed."
         schema = handler.resolve_ref_schema(handler(core_schema))
         for name, value in schema["properties"].items():
             null_is_allowed = {"type": "null"} in value.get("anyOf", [])
@@ -82,7 +82,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class StreamOptions(StrictModel):
-    "What else a stream contains."
+    "What a stream contains besides the text."
 
     include_usage: bool = False
 
@@ -97,7 +97,9 @@ class CompletionRequest(StrictModel):
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
-    suffix: str | None = Field(None, description="Refused: the model only reads forward.")
+    suffix: str | None = Field(
+        None, description="Always refused, because the model only reads forward."
+    )
     max_tokens: Annotated[int, Field(ge=0)] = Field(16, description="0 only with `echo`.")
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -120,7 +122,7 @@ class CompletionRequest(StrictModel):
         | None
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
-        None, description="Left out, one is drawn."
+        None, description="If it is left out, a random one is used."
     )
     user: str | None = Field(None, description="Not used.")
     top_k: Annotated[int, Field(ge=-1)] = Field(-1, description="0 and -1 keep all tokens.")
@@ -136,14 +138,14 @@ class AttentionRequest(StrictModel):
 
 # %% ../../nbs/appendix/serve_schemas.ipynb #a5b7922f
 class Logprobs(BaseModel):
-    "Lists with one entry for every token."
+    "Four lists with one entry for each token."
 
     tokens: list[str]
-    # in nats; None for the first token of a prompt, which follows nothing
+    # in nats; None for the first token of a prompt, because nothing comes before it
     token_logprobs: list[float | None]
-    # of the likeliest tokens, and of the one that was written
+    # log-probabilities of the likeliest tokens and of the one that was written
     top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]  # where in prompt and text together the token begins, in characters
+    text_offset: list[int]  # where each token begins in prompt and text together, in characters
 
 
 class CompletionChoice(BaseModel):
@@ -156,7 +158,7 @@ class CompletionChoice(BaseModel):
 
 
 class Usage(BaseModel):
-    "Tokens that were read and written."
+    "How many tokens were read and written."
 
     prompt_tokens: int
     completion_tokens: int
@@ -212,14 +214,14 @@ class ErrorResponse(BaseModel):
 
 # %% ../../nbs/appendix/serve_schemas.ipynb #18c1f753
 class APIError(Exception):
-    "An error that becomes the answer: 4xx where the client can change something, 5xx otherwise."
+    "An error that becomes the answer: 4xx if the client can correct it, 5xx otherwise."
 
     def __init__(
         self,
         status: int,
         message: str,
-        param: str | None = None,  # the field of the request that was wrong
-        code: str | None = None,  # for programs, as OpenAI has them
+        param: str | None = None,  # name of the field that was wrong
+        code: str | None = None,  # a word that programs can compare, as in OpenAI's API
         headers: dict[str, str] | None = None,
     ):
         super().__init__(message)
@@ -243,22 +245,22 @@ def ascii_only(text: str) -> str:
 def describe_validation_errors(
     errors: Sequence[dict],  # of pydantic
 ) -> APIError:
-    "The first field that does not fit, in one line."
+    "One line about the first field that is wrong."
     where = errors[0]["loc"][1:2]
     name = str(where[0]) if where and isinstance(where[0], str) else None
     if name and errors[0]["type"] == "extra_forbidden" and len(errors[0]["loc"]) == 2:
         message = f"Unrecognized request argument supplied: {name[:100]!a}"
         return APIError(400, message, ascii_only(name[:100]))
-    # a field of several forms has an error for each of them
+    # a field that may have several forms has an error for each of them
     messages = dict.fromkeys(e["msg"] for e in errors if e["loc"][1:2] == where)
     message = f"{name or 'the body'}: {'; or '.join(messages)}"
     return APIError(400, ascii_only(message[:500]), name)
 
 
 def shutting_down() -> APIError:
-    message = "the server is about to stop: try another, or later"
+    message = "the server is about to stop: try a different server, or try again later"
     return APIError(503, message, code="shutting_down")
 
 
 def internal_error() -> APIError:
-    return APIError(500, "the server failed at this, and goes on: its log says why")
+    return APIError(500, "the server failed while it worked on this request; its log says why")

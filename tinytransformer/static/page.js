@@ -1,7 +1,10 @@
 // A model in a page: it writes, shows what else could have come, and draws where it looked.
 // `engine` is engine.js and `attention_map` is attention_map.js; model_page.py puts all of them into
 // one file. What a model writes is only ever set as text, never as HTML.
-import { describe, drawMap } from "attention_map";
+//
+// A panel is a part of the page in a module of its own, such as map_panel.js: {id, title, css,
+// isOpen, start}. `start(host, page)` fills its element, and gives the function that is called with
+// what changed. It reads `page` (below), and may call page.choose, page.read and page.useModel.
 import {
   drawToken,
   nextDistribution,
@@ -15,30 +18,21 @@ import {
   unpack,
 } from "engine";
 import { TokenReader } from "grammar";
+import { panel as map } from "map_panel";
+import { make, percent, visible } from "parts";
+import { panel as walk } from "walk";
 
 const $ = (id) => document.getElementById(id);
 const LONGEST = 200; // tokens that one click on Write adds at most
 const SHOWN = 10; // tokens in the list of what could come
-
-function make(tag, properties = {}, ...children) {
-  const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children);
-  return node;
-}
-
-const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣") || "∅";
-
-function percent(p) {
-  if (p === 0) return "0 %";
-  if (p < 1e-4) return "< 0.01 %";
-  return `${(100 * p).toFixed(p < 0.01 ? 2 : 1)} %`;
-}
+const PANELS = [walk, map];
 
 // --- the state of the page
 
 const data = JSON.parse($("data").textContent);
 const random = randomNumbers(Date.now());
 const page = {
+  data,
   model: null,
   tokenizer: null,
   reader: null, // knows the truth, if the text is that of a grammar
@@ -49,8 +43,14 @@ const page = {
   off: new Set(), // "layer.head" of those that are switched off
   chosen: null, // index of the token that is shown; null: the next one
   running: false,
-  map: 0, // how often the map has been asked for
+  panels: [],
+  wait: null, // the timer until the panels hear of a new text
   typing: null, // the timer that waits for the end of typing; null if nothing was typed
+  settings,
+  truths,
+  choose,
+  read, // (ids): read these tokens as the prompt
+  useModel, // (model): from now on this model reads and writes, as one of an earlier step would
 };
 
 function say(message, wrong = false) {
@@ -80,6 +80,16 @@ function restart(ids) {
   for (const id of ids) push(id);
 }
 
+/** Read these tokens as the prompt. */
+function read(ids) {
+  page.running = false;
+  page.chosen = null;
+  page.prompt = ids.length;
+  restart(ids);
+  $("tokens").replaceChildren();
+  showAll();
+}
+
 /** What the prompt says, cut to what the model can see. */
 function readPrompt() {
   clearTimeout(page.typing);
@@ -87,10 +97,7 @@ function readPrompt() {
   const { seq_len: context } = page.model.config;
   const prompt = $("prompt").value;
   const ids = page.tokenizer.encode(prompt);
-  page.chosen = null;
-  page.prompt = Math.min(ids.length, context);
-  restart(ids.slice(-context));
-  $("tokens").replaceChildren();
+  read(ids.slice(-context));
   if (ids.length === 0) say("The prompt is empty: give the model at least one character.");
   else if (ids.length > context)
     say(
@@ -100,7 +107,6 @@ function readPrompt() {
   else if (!prompt.isWellFormed())
     say("The prompt holds half of a character; the model reads � in its place.");
   else say("");
-  showAll();
 }
 
 // --- the text
@@ -273,70 +279,57 @@ function switchHead(name, button) {
   if (page.running) return;
   if (!page.off.delete(name)) page.off.add(name);
   button.setAttribute("aria-pressed", String(page.off.has(name)));
-  const { ids } = page.text;
-  restart(ids);
-  $("tokens").replaceChildren(); // what the model thinks of them has changed
+  readAgain();
+}
+
+/** The same text once more: what the model thinks of its tokens has changed. */
+function readAgain() {
+  restart(page.text.ids);
+  $("tokens").replaceChildren();
   showAll();
 }
 
-// --- the map
-
-const FLOOR = 1e-8; // the smallest weight that the map shows, in 16 bits
-
-function mapData() {
-  const { num_layers: layers, num_heads: heads } = page.model.config;
-  const { traces } = page.text; // of the tokens in the window
-  const D = page.model.headDim;
-  const T = traces.length;
-  const size = (T * (T + 1)) / 2;
-  const codes = new Uint16Array(layers * heads * size);
-  const vectors = new Float32Array(3 * layers * heads * T * D);
-  const code = (w) => (w < FLOOR ? 0 : Math.round(65535 - (65534 * Math.log(w)) / Math.log(FLOOR)));
-  for (const [t, trace] of traces.entries())
-    for (const [l, layer] of trace.layers.entries())
-      for (let h = 0; h < heads; h++) {
-        const start = (l * heads + h) * size + (t * (t + 1)) / 2;
-        for (let s = 0; s <= t; s++) codes[start + s] = code(layer.weights[h][s]);
-        for (const [kind, vector] of [layer.q, layer.k, layer.v].entries())
-          vectors.set(
-            vector.subarray(h * D, (h + 1) * D),
-            (((kind * layers + l) * heads + h) * T + t) * D,
-          );
-      }
-  const tokens = page.text.ids.slice(-T).map((id) => page.tokenizer.show(id));
-  const numbers = (n) => [...Array(n).keys()];
-  const shape = { tokens, layers: numbers(layers), heads: numbers(heads), head_dim: D };
-  return describe({ ...shape, title: "", statistics: {}, bits: 16, floor: FLOOR }, codes, vectors);
+function useModel(model) {
+  page.model = model;
+  readAgain();
 }
 
-/** Draw the map of the text, once nothing has changed for a moment. */
-function showMap() {
-  const asked = ++page.map;
-  setTimeout(async () => {
-    if (asked !== page.map || !$("map-details").open || page.running) return;
-    if (page.text.ids.length < 2) {
-      $("map").textContent = "A map needs at least two tokens.";
-      return;
+// --- panels
+
+/** What changed: "text" (or the model that reads it), "choice" (of a token) or "settings". The
+ * open panels hear of a new text once nothing has changed for a moment. */
+function showPanels(changed) {
+  if (changed === "text") {
+    clearTimeout(page.wait);
+    page.wait = setTimeout(() => {
+      page.wait = null;
+      if (!page.running) for (const panel of page.panels) panel.update(changed);
+    }, 150);
+  } else if (page.wait === null) for (const panel of page.panels) panel.update(changed);
+}
+
+/** A `details` element of its own for a panel, which begins when it is first opened. An error in
+ * it becomes a sentence there, and the page goes on. */
+function addPanel({ id, title, css = "", isOpen = false, start }) {
+  const host = make("div", { id });
+  const details = make("details", { id: `${id}-details`, open: isOpen });
+  details.append(make("summary", { textContent: title }), host);
+  $("panels").append(make("style", { textContent: css }), details);
+  let change = null;
+  const update = async (changed) => {
+    if (!details.open || !page.text || page.running) return;
+    try {
+      const isFirst = !change;
+      change ??= start(host, page);
+      await change(isFirst ? "text" : changed);
+      details.dataset.ready = "true";
+    } catch (error) {
+      change = null;
+      host.replaceChildren(make("p", { role: "alert", textContent: `${error.message}.` }));
     }
-    const old = $("map").firstElementChild?.attentionMap?.state;
-    page.endMap?.();
-    const host = make("div", { className: "attention-map" });
-    host.dataset.begun = "true";
-    $("map").replaceChildren(host);
-    page.endMap = await drawMap(host, mapData());
-    if (old) host.attentionMap.choose({ layer: old.layer, head: old.head });
-    chooseInMap();
-  }, 150);
-}
-
-/** Show the chosen token in the map, too, if the model still sees it. */
-function chooseInMap() {
-  const map = $("map").firstElementChild?.attentionMap;
-  const seen = page.text.traces.length;
-  const first = page.text.ids.length - seen;
-  const isDrawn = map?.tokens.length === seen; // and not still the map of an earlier text
-  if (isDrawn && page.chosen !== null && page.chosen >= first)
-    map.choose({ token: page.chosen - first });
+  };
+  page.panels.push({ update });
+  details.addEventListener("toggle", () => update("text"));
 }
 
 // --- what can be asked for
@@ -347,7 +340,7 @@ function showAll() {
   showLoss();
   $("write").disabled = $("one").disabled = page.running || !page.text.ids.length;
   $("stop").disabled = !page.running;
-  if (!page.running) showMap();
+  if (!page.running) showPanels("text");
 }
 
 function writeOne() {
@@ -404,7 +397,7 @@ function choose(i) {
   page.chosen = i;
   showText();
   showAlternatives();
-  chooseInMap();
+  showPanels("choice");
 }
 
 function moveChoice(event) {
@@ -458,8 +451,8 @@ function listen() {
     const { value, name } = target;
     target.previousElementSibling.textContent = name === "top_k" && value === "0" ? "all" : value;
     showAlternatives();
+    showPanels("settings");
   });
-  $("map-details").addEventListener("toggle", showMap);
 }
 
 function makeExamples() {
@@ -487,6 +480,7 @@ async function start() {
   $("app").hidden = false;
   makeHeads();
   makeExamples();
+  for (const panel of PANELS) addPanel(panel);
   listen();
   $("prompt").value = data.prompt;
   guarded(readPrompt)();
