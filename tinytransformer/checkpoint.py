@@ -336,7 +336,7 @@ class Checkpoints:
 
 # %% ../nbs/appendix/checkpoint.ipynb #ac2824b1
 def keep_weights(
-    run: Path,
+    folder: Path,  # of the run
     step: int,  # after which the model had them
     weights: dict[str, torch.Tensor],  # name -> tensor; a tied matrix is there once
 ) -> None:
@@ -345,10 +345,10 @@ def keep_weights(
     for name, tensor in halves.items():
         if not tensor.isfinite().all():
             raise InputError(f"{name} is not finite in 16 bits at step {step}")
-    write_whole(run / "history" / f"{step}.safetensors", safetensors.torch.save(halves))
+    write_whole(folder / "history" / f"{step}.safetensors", safetensors.torch.save(halves))
 
 
-def kept_weights(run: Path) -> dict[int, Path]:  # step -> file, the first step first
+def kept_weights(folder: Path) -> dict[int, Path]:  # step -> file, the first step first
     "The files that `keep_weights` has written."
-    files = (run / "history").glob("*.safetensors")
+    files = (folder / "history").glob("*.safetensors")
     return dict(sorted((int(file.stem), file) for file in files if file.stem.isdecimal()))

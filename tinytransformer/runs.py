@@ -7,9 +7,9 @@ __all__ = ['MAX_EXCESS_LOSS', 'MIN_FACT_RECALL', 'TRAINED_FOLDER', 'TRAINED', 'i
            'separate_compiled_kernels', 'environment', 'git_commit', 'run_lock', 'resume_advice', 'check_new_folder',
            'check_run_folder', 'is_compile_error', 'explain_training_errors', 'summary', 'near_floor',
            'compare_with_floor', 'Run', 'Job', 'resolve_settings', 'train_run', 'report_changes', 'report_jump',
-           'build_model', 'describe_run', 'train_model', 'add_to_history', 'write_sample', 'undisturbed',
-           'gather_model', 'write_settings', 'draw_curve', 'write_results', 'read_run_config', 'read_run_tokenizer',
-           'check_finite', 'load_run', 'find_data', 'prepare_again', 'run_data']
+           'build_model', 'describe_run', 'train_model', 'keep_history', 'write_sample', 'undisturbed', 'gather_model',
+           'write_settings', 'draw_curve', 'write_results', 'read_run_config', 'read_run_tokenizer', 'check_finite',
+           'load_run', 'find_data', 'prepare_again', 'run_data']
 
 # %% ../nbs/appendix/runs.ipynb #9d219095
 import getpass
@@ -519,10 +519,12 @@ def train_model(
     log: Callable[[dict], None],
     write: Callable[[Transformer], str],
 ) -> None:
-    """Run `fit`; keep each row, and samples and weights where they are due. What fails after the
-    checkpoint, but for a full disk, does not end the training."""
+    """Run `fit`, and keep each row, sample and weights that are due. What fails after the
+    checkpoint does not end the training, unless the disk is full.
+    """
     by_products = ByProducts()
-    add_weights = partial(add_to_history, job, net, accelerator, by_products)
+    add_weights = partial(keep_history, job, net, accelerator, by_products)
+    add_weights(-1 if checkpoints.found else 0)  # a run that goes on kept them when it began
 
     def add_sample(row):
         val_loss = row.get("val_loss")  # a checkpoint has null for one that was not finite
@@ -554,8 +556,6 @@ def train_model(
 
     checkpoints.loaded = catch_up
     done = checkpoints.found.info["step"] if checkpoints.found else 0
-    if not checkpoints.found:
-        add_weights(0)
     with note_stop_signals() as signals, progress_bar(job.train.max_steps, done) as advance:
         fit(
             net,
@@ -572,17 +572,18 @@ def train_model(
         raise Stopped(late, checkpoints.saved or done)
 
 
-def add_to_history(
+def keep_history(
     job: Job, model: Transformer, accelerator: Accelerator, by_products: ByProducts, step: int
 ) -> None:
     "Keep the weights that the model has after a step, if `train.keep_at` has it."
     if step not in job.train.keep_at:
         return
-    weights = dict(whole_model(model, accelerator).named_parameters())  # every process has a part
-    if step == 0 and (job.run / START).exists():
-        weights = read_start(job.run)  # they are put into the model later
+    weights: dict[str, torch.Tensor]
+    weights = dict(gather_model(model, accelerator).named_parameters())  # every process has a part
+    if step == 0 and (job.folder / START).exists():
+        weights = read_start(job.folder)  # they are put into the model later
     if accelerator.is_main_process:
-        by_products.attempt("the history", lambda: keep_weights(job.run, step, weights))
+        by_products.attempt("the history", lambda: keep_weights(job.folder, step, weights))
 
 
 def write_sample(
