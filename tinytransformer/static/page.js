@@ -9,14 +9,12 @@ import {
   drawToken,
   nextDistribution,
   randomNumbers,
-  readTensors,
+  readModel,
   SETTINGS,
   softmax,
   Text,
-  Tokenizer,
-  Transformer,
-  unpack,
 } from "engine";
+import { fitFrame } from "frame";
 import { TokenReader } from "grammar";
 import { panel as map } from "map_panel";
 import { make, percent, visible } from "parts";
@@ -471,10 +469,7 @@ function makeExamples() {
 }
 
 async function start() {
-  const tensors = readTensors(await unpack(data.weights), data.shapes, data.dtype);
-  page.model = new Transformer(data.config, tensors);
-  const json = new TextDecoder().decode(await unpack(data.tokenizer));
-  page.tokenizer = new Tokenizer(JSON.parse(json));
+  [page.model, page.tokenizer] = await readModel(data);
   if (data.grammar) page.reader = new TokenReader(page.tokenizer, data.grammar);
   $("app").hidden = false;
   makeHeads();
@@ -484,16 +479,6 @@ async function start() {
   $("prompt").value = data.prompt;
   guarded(readPrompt)();
   document.documentElement.dataset.ready = "true";
-}
-
-/** Inside a frame: be as tall as the content, so that nothing scrolls twice. */
-function fitFrame() {
-  const frame = window.frameElement;
-  if (!frame) return;
-  const fit = () => {
-    frame.style.height = `${document.documentElement.scrollHeight}px`;
-  };
-  new ResizeObserver(fit).observe(document.body);
 }
 
 start().catch((error) => {
