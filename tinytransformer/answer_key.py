@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEXT_ARTICLE', 'KINDS', 'WordReader', 'Answer', 'TokenReader', 'token_spans', 'recalled_tokens', 'compare_with_truth',
-           'kind_of', 'excess_by_kind', 'looks_at_source']
+           'kind_of', 'excess_by_kind', 'looks_at_source', 'FactPair', 'pair_at', 'fact_pairs', 'Examined', 'examine']
 
 # %% ../nbs/appendix/answer_key.ipynb #b3c698f9
 import math
+import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,14 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 
+from tinytransformer.explorer import (
+    direct_logit_attribution,
+    heads_of,
+    logit_lens,
+    look,
+    patch_heads,
+    silenced,
+)
 from .model import Transformer, eval_mode
 from .tinywiki import WIKI, Grammar, certain_facts, continuations
 
@@ -229,3 +238,126 @@ def looks_at_source(
         if answer.sources
     ]
     return torch.stack(hits)
+
+# %% ../nbs/appendix/answer_key.ipynb #9e6914f8
+@dataclass
+class FactPair:
+    "Two beginnings of an article that differ in one fact, and what comes next in each."
+
+    fact: str  # its name
+    ids: list[int]  # T tokens, up to where the fact is recalled
+    source_ids: list[int]  # T tokens, with a different value of the fact
+    token: int  # what comes next in the first text
+    other: int  # and in the second
+    mentions: list[int]  # the positions where `token` stands, and the second text has `other`
+
+
+def pair_at(
+    tokenizer: Tokenizer,
+    start: str,  # a beginning of an article, after which the fact is certain
+    fact: str,  # its name
+    value: str,
+    new: str,  # a different value
+    grammar: Grammar = WIKI,
+) -> FactPair | None:
+    "The pair in which this fact has a new value; None if the two texts cannot be compared."
+
+    def ids_of(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    altered = re.sub(rf"\b{re.escape(value)}\b", new, start)
+    if new in start or list(continuations(grammar, altered)) != [new]:
+        return None
+    T = len(ids_of(start.rstrip(" ")))  # the space belongs to the token that comes next
+    first, second = ids_of(start + value), ids_of(altered + new)
+    if len(first) != len(second) or first[T] == second[T]:
+        return None
+    token, other = first[T], second[T]
+    mentions = [i for i in range(T) if first[i] == token and second[i] == other]
+    return FactPair(fact, first[:T], second[:T], token, other, mentions) if mentions else None
+
+
+def fact_pairs(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],  # whole articles
+    rng: random.Random,  # chooses the mentions and the new values
+    grammar: Grammar = WIKI,
+) -> list[list[FactPair]]:  # for each text
+    "One pair for each fact of each article; new values are those of the other articles."
+    facts = [certain_facts(text, grammar) for text in texts]
+    values: dict[str, dict[str, None]] = {}  # in the order in which they were met
+    for text, found in zip(texts, facts):
+        for name, first, end in found:
+            values.setdefault(name, {})[text[first:end]] = None
+    pairs: list[list[FactPair]] = []
+    for text, found in zip(texts, facts):
+        rng.shuffle(found)
+        chosen: dict[str, FactPair] = {}
+        for name, first, end in found:
+            others = [value for value in values[name] if value != text[first:end]]
+            for new in rng.sample(others, len(others)):
+                pair = (
+                    None
+                    if name in chosen
+                    else pair_at(tokenizer, text[:first], name, text[first:end], new, grammar)
+                )
+                if pair is not None:
+                    chosen[name] = pair
+        pairs.append(list(chosen.values()))
+    return pairs
+
+# %% ../nbs/appendix/answer_key.ipynb #440f5f7e
+@dataclass
+class Examined:
+    "What a patch and the instruments say about each head, at one recalled fact."
+
+    moved: torch.Tensor  # (heads of all layers) share of the logit difference that its patch moves
+    looks: torch.Tensor  # (heads) bool, whether its largest weight is on the fact
+    lost: torch.Tensor  # (heads) nats that the right token costs more without it
+    added: torch.Tensor  # (heads) its direct part of the logit difference
+    step: int  # of the residual stream, from which on the right token is the likeliest
+    elsewhere: float  # moved by the head with the largest effect at an earlier position
+    is_right: bool  # whether the right token is the likeliest in both texts
+
+
+@torch.no_grad()
+def examine(
+    model: Transformer,
+    pair: FactPair,
+    elsewhere: int,  # an earlier position, for comparison
+) -> Examined:
+    "Patch every head at the last position, and ask the instruments about it."
+    heads, last, (a, b) = heads_of(model), len(pair.ids) - 1, (pair.token, pair.other)
+
+    def answer(head=(), positions=(last,)):
+        return patch_heads(model, pair.ids, pair.source_ids, head, positions)[-1]
+
+    def difference(logits):
+        return (logits[a] - logits[b]).item()
+
+    device = next(model.parameters()).device
+    own, source = answer(), logit_lens(model, pair.source_ids)[-1, -1]
+    span = difference(own) - difference(source)
+
+    def moved(*where):
+        return (difference(own) - difference(answer(*where))) / span
+
+    def cost(off):
+        with eval_mode(model), silenced(model, off):
+            logits = model(torch.tensor([pair.ids], device=device))[0, -1]
+        return -logits.log_softmax(-1)[a].item()
+
+    by_patch = torch.tensor([moved([head]) for head in heads])
+    carrier = heads[int(by_patch.argmax())]
+    weights = look(model, pair.ids, pair.ids).weights[:, :, -1].flatten(0, 1)  # (heads, T)
+    parts = direct_logit_attribution(model, pair.ids, -1, a, b)
+    is_first = logit_lens(model, pair.ids)[:, -1].argmax(-1) == a  # (steps,)
+    return Examined(
+        moved=by_patch,
+        looks=torch.isin(weights.argmax(-1), torch.tensor(pair.mentions)),
+        lost=torch.tensor([cost([head]) for head in heads]) - cost([]),
+        added=torch.tensor([parts[f"head {layer}.{head}"] for layer, head in heads]),
+        step=len(is_first) - int(is_first.flip(0).int().cumprod(0).sum()),
+        elsewhere=moved([carrier], [elsewhere]),
+        is_right=bool(own.argmax() == a and source.argmax() == b),
+    )

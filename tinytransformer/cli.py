@@ -92,7 +92,7 @@ SECTIONS = dict(data=DataConfig, model=ModelConfig, train=TrainConfig, sample=Sa
 
 @functools.cache
 def field_comments(cls: type) -> dict[str, str]:  # field -> comment
-    "The comments of the fields of a dataclass; none where its source is not at hand."
+    "The comments of the fields of a dataclass; none if its source code can't be read."
     try:
         return comments_in(textwrap.dedent(inspect.getsource(cls)))
     except OSError:
@@ -103,7 +103,7 @@ def comments_in(
     source: str,  # of one class
 ) -> dict[str, str]:  # field -> comment
     "The comment beside each field, or the comment lines directly above it."
-    comments, alone = {}, set()  # line -> comment; the lines that hold nothing else
+    comments, alone = {}, set()  # line -> comment; lines with nothing but a comment
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             line, column = token.start
@@ -130,7 +130,7 @@ def add_fields(
     section: str | None = None,  # prefix of the options
     skip: Collection[str] = (),  # fields that get no option
 ) -> None:
-    "Give `parser` an option for each field of `cls`, explained by the comment of the field."
+    "Add an option for each field of `cls` to `parser`. Its help is the comment of the field."
     parser.add_class_arguments(cls, section, skip=set(skip))
     comments = field_comments(cls)
     for action in parser._actions:
@@ -140,7 +140,7 @@ def add_fields(
 
 # %% ../nbs/appendix/command_line.ipynb #a83a2ffd
 class ConfigName(ActionConfigFile):
-    "`--config`, in which `tiny` means the packaged file of that name."
+    "`--config`: the name of a file that comes with the package, such as `tiny`, or a path."
 
     def __call__(self, parser, cfg, values, option_string=None):
         super().__call__(parser, cfg, readable_config(values), option_string)
@@ -150,7 +150,7 @@ def readable_config(name: str) -> str:  # the path of its YAML file
     "The file that `--config NAME` means; `InputError` if it cannot be read."
     path = config_file(name)
     for section in read_config(path):
-        if section in ("config", "folder", "resume", "serve"):  # each means something to the parser
+        if section in ("config", "folder", "resume", "serve"):  # the parser uses these names
             raise InputError(
                 f"{path}: {section} is not a section of the configuration: give"
                 f" {', '.join(SECTIONS)}"
@@ -162,11 +162,11 @@ def add_prepare_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         action=ConfigName,
-        help=f"{', '.join(PACKAGED)}, or the path of a YAML file; options after it override it",
+        help=f"{', '.join(PACKAGED)}, or the path of a YAML file; later options override it",
     )
     for section, cls in SECTIONS.items():
         add_fields(parser, cls, section)
-    # a first edition's name of --train.init_from, which is also in its files
+    # what --train.init_from was called in the first edition, also in its files
     parser.add_argument(
         "--model.from_hf", type=str | None, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )
@@ -183,8 +183,8 @@ def add_train_options(parser: ArgumentParser) -> None:
         "--resume",
         type=str | None,
         help=(
-            "resume the run in this folder; auto: resume the newest run that is not complete, or"
-            " start one from --config if there is none"
+            "resume the run in this folder; with auto: resume the newest run that is not complete,"
+            " or if there is none, start one from --config"
         ),
     )
 
@@ -195,11 +195,11 @@ def add_run(parser: ArgumentParser) -> None:
 
 def add_evaluate_options(parser: ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("--split", choices=SPLITS, default="validation", help="rows to read")
+    parser.add_argument("--split", choices=SPLITS, default="validation", help="where to measure")
     parser.add_argument(
         "--stride",
         type=int | None,
-        help="evaluate a second time, with overlapping windows that start this many tokens apart",
+        help="measure a second time, with overlapping windows that start this many tokens apart",
     )
 
 
@@ -208,8 +208,8 @@ def add_generate_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "PROMPT",
         help=(
-            "text to continue, such as ' =' for a new article; put -- before a prompt that begins"
-            " with -"
+            "the text to continue, for example ' =' for a new article; put -- before a prompt that"
+            " begins with -"
         ),
     )
     add_fields(parser, SampleConfig)
@@ -226,12 +226,12 @@ def add_page_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         type=str | None,
-        help="what stands in the page at first; default: the heading of an article, or ' = The'",
+        help="the prompt that the page shows first; default: the title of an article, or ' = The'",
     )
 
 
 def add_runs_options(parser: ArgumentParser) -> None:
-    parser.add_argument("FOLDER", nargs="?", default="runs", help="a folder of run folders")
+    parser.add_argument("FOLDER", nargs="?", default="runs", help="the folder that holds the runs")
     parser.add_argument(
         "--plot",
         type=str | None,
@@ -243,12 +243,12 @@ def add_runs_options(parser: ArgumentParser) -> None:
 def add_serve_options(parser: ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument(
-        "--config", type=str | None, help="a YAML file with a section serve; options override it"
+        "--config", type=str | None, help="a YAML file with a section `serve`; options override it"
     )
     add_fields(parser, import_serve_config(), skip={"key"})
 
 
-OPTIONS = dict(  # command -> what may follow it, and what adds its options to a parser
+OPTIONS = dict(  # command -> its usage, and the function that adds its options
     prepare=("--config NAME [--SECTION.FIELD VALUE ...]", add_prepare_options),
     train=("--config NAME | --resume RUN [--SECTION.FIELD VALUE ...]", add_train_options),
     evaluate=("RUN [--split SPLIT] [--stride N]", add_evaluate_options),
@@ -264,7 +264,7 @@ OPTIONS = dict(  # command -> what may follow it, and what adds its options to a
 def make_parser(
     command: str,  # the one that gets its options
 ) -> ArgumentParser:
-    "The whole parser. Raises `InputError` if the packages that `serve` needs are missing."
+    "The parser of all commands. Raises `InputError` if `serve` is asked for and can't be imported."
     settings: dict[str, Any] = dict(exit_on_error=False, allow_abbrev=False)
     parser = ArgumentParser(
         prog="tinytransformer", usage="tinytransformer COMMAND ...", version=__version__, **settings
@@ -283,7 +283,7 @@ def make_parser(
 def unfinished(
     name: str | None,  # of a configuration; None for any
 ) -> list[Path]:  # the newest first
-    "Runs below `runs/` that are not complete and that no process is training."
+    "Runs in `runs/` that are neither complete nor being trained by a process."
     found = [
         f.parent for f in Path("runs").glob("[!.]*/config.yaml") if state_of(f.parent) == "stopped"
     ]
@@ -297,7 +297,7 @@ def split_options(
     args: list[str],
     names: list[str],  # of options, such as `--resume`
 ) -> tuple[argparse.Namespace, list[str]]:  # the values of these options, and all other arguments
-    "Read some options of a command line, and leave the rest alone."
+    "Read only the options in `names`."
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in names:
         parser.add_argument(name)
@@ -309,7 +309,7 @@ def run_to_resume(
     config: str | None,
     folder: str | None,
 ) -> Path | None:  # None if `auto` finds no run and `config` can start one
-    "The run that `train --resume` means. Raises `InputError` where there is nothing to resume."
+    "The run that `train --resume` means. Raises `InputError` if there is nothing to resume."
     if resume == "auto":
         if folder:
             run = Path(folder).expanduser()
@@ -348,8 +348,8 @@ PATHS = (
 
 
 def check_arguments(args: list[str]) -> None:
-    """Raise `InputError` for a path that is not UTF-8, which libraries refuse only after hours, and
-    for a number that YAML would read as another.
+    """Raise `InputError` for a path that is not UTF-8, which some libraries would refuse only after
+    hours, and for a number that YAML would read as a different one.
     """
     places = args[1:3] if args[:1] == ["export"] else args[1:2]
     for arg, following in zip(args, [*args[1:], ""]):
@@ -380,7 +380,7 @@ def parse(
             args = [command, f"--config={run / 'config.yaml'}", *args[1:]]
     parser = make_parser(command)
     cfg = parser.parse_args(args)
-    # of a first edition
+    # the first edition's name for it
     if command in ("prepare", "train") and (source := cfg[command].model.pop("from_hf", None)):
         cfg[command].train.init_from = source
     cfg = parser.instantiate(cfg)
@@ -390,7 +390,7 @@ def parse(
             raise InputError(
                 f"--config is missing: give {', '.join(PACKAGED)}, or the path of a YAML file"
             )
-        # what a file says of the shape gives way; what is typed must agree
+        # the shape in a file is replaced by that of the weights; options have to agree with it
         if settings.train.init_from:
             _, rest = split_options(args[1:], ["--resume", "--config", "--folder"])
             typed = parser.parse_args([command, *rest], defaults=False)[command].keys()
@@ -406,9 +406,9 @@ def parse(
 # %% ../nbs/appendix/command_line.ipynb #6312bd2f
 def format_table(
     rows: list[dict[str, str]],  # heading -> cell, the same headings in each row
-    texts: int = 1,  # so many columns hold text, and the others numbers
+    texts: int = 1,  # how many columns, from the left, hold text; the others hold numbers
 ) -> str:
-    "Rows below their headings; texts are aligned to the left and numbers to the right."
+    "A table as text, with headings. Texts are aligned to the left and numbers to the right."
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
 
@@ -448,7 +448,7 @@ def new_folder(
     while True:
         path = Path("runs") / (name if k == 1 else f"{name}-{k}")
         try:
-            path.mkdir(parents=True)  # if two start at the same moment, one of them gets it
+            path.mkdir(parents=True)  # if two start at the same moment, only one gets the folder
             return path
         except FileExistsError:
             k += 1
@@ -477,7 +477,7 @@ def first_article(text: str) -> str:
 
 
 def progress_lines(max_steps: int) -> Callable[[dict], None]:  # gets the row of each step
-    "Without a terminal for a progress bar: one line at each evaluation."
+    "Print a line at each evaluation. It is used if there is no terminal for a progress bar."
     began = None
 
     def log(row):
@@ -503,8 +503,8 @@ def progress_lines(max_steps: int) -> Callable[[dict], None]:  # gets the row of
 
 @contextmanager
 def explain_stop(run: Path) -> Iterator[None]:
-    """Around a training: remove the folder if nothing was written in it, and after a signal say
-    how to resume, and exit as a shell expects.
+    """Put this around a training. If it is stopped, it says how to resume, removes the run folder
+    if it is empty, and exits with the status that a shell expects.
     """
     try:
         yield
@@ -522,7 +522,7 @@ def explain_stop(run: Path) -> Iterator[None]:
 
 
 def say_stopped(run: Path, what: str) -> None:
-    "One line, of the first process, about how to go on."
+    "Print one line about how to go on; of several processes only the first does so."
     if not processes().is_main_process:
         return
     begun = (run / "config.yaml").is_file()
@@ -545,7 +545,7 @@ def train_command(cfg: Namespace) -> None:
     folder = cfg.folder and Path(cfg.folder).expanduser()
     run = cfg.resume or folder or on_main(lambda: new_folder(Path(str(cfg.config[-1])).stem))
     log = (lambda row: None) if sys.stderr.isatty() else progress_lines(cfg.train.max_steps)
-    # after everything has been printed: it takes a while, and a launcher does not wait
+    # at the very end, because it takes a while and a launcher does not wait for it
     atexit.register(processes().destroy_process_group)
     with explain_stop(run):
         trained = train_run(
@@ -613,7 +613,7 @@ def evaluate_command(cfg: Namespace) -> None:
 
 
 def evaluate_on(run: Run, corpus: Corpus, cfg: Namespace) -> None:
-    "As `evaluate_command`, with the text of the run."
+    "The same, with the text that the run was trained on."
     if not same_text(run.checkpoint, dict(data=corpus.fingerprint, tokens=corpus.content)):
         raise InputError(
             f"{cfg.RUN} was trained on other data than what is in {run.config['data']['data_dir']}"
@@ -641,7 +641,7 @@ def evaluate_on(run: Run, corpus: Corpus, cfg: Namespace) -> None:
         )
     rows = [evaluation_row(cfg.split, name, found[cfg.split][name]) for name in strides]
     print(format_table(rows, texts=2))
-    # what comes with the package stays as it is
+    # a run that comes with the package is not changed
     if run.folder not in TRAINED.values():
         write_json(kept, found)
 
@@ -705,7 +705,7 @@ def page_command(cfg: Namespace) -> None:
 
 
 def compare_command(cfg: Namespace) -> None:
-    "What each strategy writes, with three numbers about each text."
+    "Print what each strategy writes, and three numbers about each text."
     run = load_run(cfg.RUN)
     found = compare(run.model, run.tokenizer, cfg.PROMPT, sample_config(cfg, run))
     print(
@@ -738,7 +738,7 @@ def import_serve_config() -> type:
 
 
 def serve_command(cfg: Namespace) -> None:
-    "Answer over HTTP."
+    "Serve a run over HTTP."
     from tinytransformer.serve import ServeConfig, serve
 
     in_file = read_config(cfg.config).get("serve", {}) if cfg.config else {}

@@ -1,4 +1,4 @@
-// The page of the server: asks it for text, shows each token as it comes, and what the model thought of it. What a model writes is only ever set as text.
+// The server's page. It asks for text, shows each token as soon as it comes, and how likely it was. What a model writes is always inserted as text, never as HTML.
 import map from "./attention_map.js";
 
 const $ = (id) => document.getElementById(id),
@@ -7,7 +7,7 @@ const $ = (id) => document.getElementById(id),
     node.append(...children);
     return node;
   };
-const shown = (token) => token.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣") || "∅"; // what cannot be seen gets a sign
+const shown = (token) => token.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣") || "∅"; // white space becomes visible
 const percent = (logprob) => {
   const p = 100 * Math.exp(logprob);
   return p >= 0.1 ? `${p.toFixed(1)} %` : `${p.toPrecision(2)} %`;
@@ -46,7 +46,7 @@ async function nameModel() {
   $("model").textContent = model;
 }
 
-// --- what was written
+// --- the text
 
 async function* events(answer) {
   let rest = "";
@@ -134,7 +134,7 @@ $("tokens").addEventListener("keydown", (event) => {
   choose(all[Math.max(0, Math.min(all.length - 1, to))]);
 });
 
-// --- what can be asked for
+// --- the buttons
 
 async function busy(work) {
   running = new AbortController();
@@ -192,11 +192,11 @@ $("ask").addEventListener("submit", (event) => {
 $("stop").addEventListener("click", () => running?.abort());
 $("draw").addEventListener("click", () =>
   busy(async () => {
-    say("reading …");
+    say("drawing the attention map …");
     const data = await (await ask("attention", { prompt: text })).json();
     endMap?.();
     endMap = map.render({ model: { get: () => data, on() {}, off() {} }, el: $("map") });
-    say(`the attention of ${data.tokens.length} tokens`);
+    say(`attention map of ${data.tokens.length} tokens`);
   }),
 );
 $("ask").addEventListener("input", ({ target }) => {
