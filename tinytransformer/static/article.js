@@ -30,6 +30,7 @@ function show() {
   for (const [at, node] of [...$("text").children].entries()) node.textContent = pieces[at];
   const node = make("span", { id: `token-${i}`, textContent: pieces[i] });
   node.setAttribute("role", "option");
+  node.setAttribute("aria-label", visible(tokenizer.show(text.ids[i])));
   node.setAttribute("aria-selected", "false");
   node.classList.toggle("given", i < given);
   const isAtEnd = $("text").scrollTop + $("text").clientHeight > $("text").scrollHeight - 40;
