@@ -133,9 +133,7 @@ def is_hub_name(
 class DataConfig:
     "Which text, which tokenizer, and where both are kept."
 
-    dataset: str = (
-        "tinywiki"  # `tinywiki`, which we generate, or a dataset on the Hub, `owner/name`
-    )
+    dataset: str = "tinywiki"  # `tinywiki`, generated here, or `owner/name` of a dataset on the Hub
     subset: str | None = None  # name of the dataset's configuration on the Hub, if it has several
     # TinyWiki only: number of articles in the train split; the others have a tenth as many each
     articles: int = 10000
