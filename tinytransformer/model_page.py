@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATIC', 'pack_model', 'read_samples', 'module_url', 'module_names', 'ModelPage', 'make_page', 'example_prompts',
-           'describe_run', 'model_page', 'article_page']
+           'recall_prompt', 'describe_run', 'model_page', 'article_page']
 
 # %% ../nbs/appendix/model_page.ipynb #4a2b321f
 import base64
@@ -23,7 +23,7 @@ from .attention_map import pack, script_json
 from .files import InputError, read_rows, write_whole
 from .model import Transformer, count_parameters
 from .runs import Run, load_run
-from .tinywiki import WIKI
+from .tinywiki import WIKI, articles, certain_facts
 
 # %% ../nbs/appendix/model_page.ipynb #0a1280ec
 def pack_model(
@@ -127,6 +127,13 @@ def example_prompts(samples: list[str], n: int = 3) -> list[str]:
     return list(dict.fromkeys(headings))[:n]
 
 
+def recall_prompt() -> str:
+    "An article of TinyWiki up to a fact that it repeats, so that only looking back helps."
+    text = next(articles(0)).text
+    first = [start for _, start, _ in certain_facts(text) if start < 250][-1]
+    return text[:first].rstrip(" ")
+
+
 def describe_run(run: Run) -> str:
     "What the page says of its model, in two sentences."
     parameters = count_parameters(run.model)
@@ -154,6 +161,7 @@ def model_page(
     data = pack_model(run.model, run.tokenizer) | {"prompt": prompt, "examples": examples}
     if run.config["data"]["dataset"] == "tinywiki":
         data["grammar"] = WIKI  # so that the page knows the truth
+        examples.append(recall_prompt())
     sample = samples[0] if samples else ""
     page = make_page("page", title, data, ABOUT=describe_run(run), SAMPLE=sample)
     return ModelPage(page, title)
