@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHANGEABLE_SETTINGS', 'START', 'current_accelerator', 'random_state', 'set_random_state', 'unwrapped',
            'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'check_weights', 'load_weights', 'restore',
-           'check_unchanged', 'read_start', 'same_text', 'Checkpoints']
+           'check_unchanged', 'read_start', 'same_text', 'Checkpoints', 'keep_weights', 'kept_weights']
 
 # %% ../nbs/appendix/checkpoint.ipynb #0faf919a
 import io
@@ -190,6 +190,7 @@ CHANGEABLE_SETTINGS = {
     "train.micro_batches",
     "train.eval_every",
     "train.patience",
+    "train.keep_at",
     "train.precision",
     "train.compile",
     "train.skip_non_finite",
@@ -332,3 +333,22 @@ class Checkpoints:
             [*folders, (self.folder / "last", self.folder / "previous")], model, optimizer, info
         )
         self.saved = progress.step
+
+# %% ../nbs/appendix/checkpoint.ipynb #ac2824b1
+def keep_weights(
+    folder: Path,  # of the run
+    step: int,  # after which the model had them
+    weights: dict[str, torch.Tensor],  # name -> tensor; a tied matrix is there once
+) -> None:
+    "Write weights in 16 bits into the run's folder `history`. `InputError` if they do not fit."
+    halves = {name: tensor.detach().cpu().half().contiguous() for name, tensor in weights.items()}
+    for name, tensor in halves.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{name} is not finite in 16 bits at step {step}")
+    write_whole(folder / "history" / f"{step}.safetensors", safetensors.torch.save(halves))
+
+
+def kept_weights(folder: Path) -> dict[int, Path]:  # step -> file, the first step first
+    "The files that `keep_weights` has written."
+    files = (folder / "history").glob("*.safetensors")
+    return dict(sorted((int(file.stem), file) for file in files if file.stem.isdecimal()))

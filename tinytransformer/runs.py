@@ -7,7 +7,7 @@ __all__ = ['MAX_EXCESS_LOSS', 'MIN_FACT_RECALL', 'TRAINED_FOLDER', 'TRAINED', 'i
            'separate_compiled_kernels', 'environment', 'git_commit', 'run_lock', 'resume_advice', 'check_new_folder',
            'check_run_folder', 'is_compile_error', 'explain_training_errors', 'summary', 'near_floor',
            'compare_with_floor', 'Run', 'Job', 'resolve_settings', 'train_run', 'report_changes', 'report_jump',
-           'build_model', 'describe_run', 'train_model', 'write_sample', 'undisturbed', 'gather_model',
+           'build_model', 'describe_run', 'train_model', 'keep_history', 'write_sample', 'undisturbed', 'gather_model',
            'write_settings', 'draw_curve', 'write_results', 'read_run_config', 'read_run_tokenizer', 'check_finite',
            'load_run', 'find_data', 'prepare_again', 'run_data']
 
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -48,9 +49,11 @@ from tinytransformer.checkpoint import (
     Checkpoints,
     check_unchanged,
     check_weights,
+    keep_weights,
     load_weights,
     random_state,
     read_checkpoint,
+    read_start,
     set_random_state,
 )
 from .config import CONFIGS, make_config, read_config, upgrade_config
@@ -516,10 +519,12 @@ def train_model(
     log: Callable[[dict], None],
     write: Callable[[Transformer], str],
 ) -> None:
-    """Run `fit`, keep each row, and write a sample at each evaluation with a finite loss. All that
-    comes after the checkpoint; what fails there, but for a full disk, does not end the training.
+    """Run `fit`, and keep each row, sample and weights that are due. What fails after the
+    checkpoint does not end the training, unless the disk is full.
     """
     by_products = ByProducts()
+    add_weights = partial(keep_history, job, net, accelerator, by_products)
+    add_weights(-1 if checkpoints.found else 0)  # a run that goes on kept them when it began
 
     def add_sample(row):
         val_loss = row.get("val_loss")  # a checkpoint has null for one that was not finite
@@ -535,6 +540,7 @@ def train_model(
             if checkpoints.saved == row["step"]:
                 run_log.trackers.confirm(row["step"])
         add_sample(row)
+        add_weights(row["step"])
         if accelerator.is_main_process:
             by_products.attempt("the log", lambda: log(row))
         by_products.attempt("the progress bar", lambda: advance(row))
@@ -546,6 +552,7 @@ def train_model(
             run_log.metrics.add(row)
         if "samples.jsonl" in missing:
             add_sample(row)
+        add_weights(row["step"])
 
     checkpoints.loaded = catch_up
     done = checkpoints.found.info["step"] if checkpoints.found else 0
@@ -563,6 +570,20 @@ def train_model(
         )
     if late := agree_on_signal(signals, accelerator):  # it came during the last evaluation
         raise Stopped(late, checkpoints.saved or done)
+
+
+def keep_history(
+    job: Job, model: Transformer, accelerator: Accelerator, by_products: ByProducts, step: int
+) -> None:
+    "Keep the weights that the model has after a step, if `train.keep_at` has it."
+    if step not in job.train.keep_at:
+        return
+    weights: dict[str, torch.Tensor]
+    weights = dict(gather_model(model, accelerator).named_parameters())  # every process has a part
+    if step == 0 and (job.folder / START).exists():
+        weights = read_start(job.folder)  # they are put into the model later
+    if accelerator.is_main_process:
+        by_products.attempt("the history", lambda: keep_weights(job.folder, step, weights))
 
 
 def write_sample(
