@@ -18,13 +18,14 @@ import {
   unpack,
 } from "engine";
 import { TokenReader } from "grammar";
+import { panel as inside } from "inside";
 import { panel as map } from "map_panel";
 import { make, percent, visible } from "parts";
 
 const $ = (id) => document.getElementById(id);
 const LONGEST = 200; // tokens that one click on Write adds at most
 const SHOWN = 10; // tokens in the list of what could come
-const PANELS = [map];
+const PANELS = [map, inside];
 
 // --- the state of the page
 
