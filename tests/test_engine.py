@@ -1,5 +1,7 @@
 """The engine on a model that is a simple sum, and text in pieces for every kind of tokenizer."""
 
+import copy
+import math
 import random
 from types import SimpleNamespace
 
@@ -9,11 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tinytransformer import engine
 from tinytransformer.engine import (
     Batch,
     ByteDecoder,
     StreamDecoder,
     complete,
+    float64_copy,
+    sample_tokens,
     start_batch,
     stream,
     token_bytes,
@@ -521,16 +526,118 @@ def test_one_row_that_is_no_number(bad):
     assert batch.rows == []
 
 
-def test_the_same_seed_beside_others():
-    "Rounding is all that the rows beside it change: in float64, nothing that a draw could notice."
-    run = load_run("tiny")
-    model, prompt = run.model.double(), encode_prompt(run.tokenizer, " = The")
-    cfg = SampleConfig(max_new_tokens=60, seed=33334)
-    alone = start_batch(model, [prompt], cfg)
-    batch = Batch(model, 16)
+# --- choices that rounding cannot change
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_run("tiny")
+
+
+def beside_others(batch, prompt, cfg, others):
+    "What a row writes in this batch, with others of all lengths beside it."
     row = batch.add(prompt, cfg)
-    for n in range(1, 16):
+    for n in range(1, others + 1):
         batch.add(list(range(n, 3 * n)), cfg, n)
-    wanted = finish(alone)[0]
     finish(batch)
-    assert row.ids == wanted
+    return row.ids
+
+
+@pytest.mark.parametrize("seed, prompt", [(33334, " = The"), (5, "A village"), (77, "1839")])
+def test_the_same_seed_beside_others(tiny, seed, prompt):
+    "In float32 too: where rounding could change a choice, it is made in float64."
+    ids, cfg = encode_prompt(tiny.tokenizer, prompt), SampleConfig(max_new_tokens=120, seed=seed)
+    exact = beside_others(Batch(float64_copy(tiny.model), 1), ids, cfg, 0)
+    for others in (0, 15):
+        assert beside_others(Batch(tiny.model, 16), ids, cfg, others) == exact
+
+
+CONTROLS = [
+    {},
+    dict(temperature=0.0),
+    dict(temperature=0.3, min_p=0.2),
+    dict(temperature=1.7, top_k=5),
+    dict(top_k=50, top_p=0.6),
+    dict(top_p=0.95, temperature=2.0),
+    dict(typical_p=0.8),
+    dict(top_k=30, top_p=0.9, min_p=0.02, typical_p=0.9, temperature=1.3),
+    dict(repetition_penalty=1.4, temperature=0.0),
+    dict(repetition_penalty=0.7, frequency_penalty=0.5, presence_penalty=-0.3),
+    dict(logit_bias={5: 3.0, 7: -math.inf}, top_p=0.9),
+    dict(logit_bias={5: math.inf, 6: math.inf}),
+]
+
+
+@pytest.mark.parametrize("settings", CONTROLS, ids=str)
+def test_what_is_not_in_doubt_cannot_change(settings):
+    "Logits are moved by anything up to the bound, at random and as badly as one can."
+    torch.manual_seed(0)
+    cfg, B, V = SampleConfig(**settings), 500, 90
+    ids, counts = torch.randint(V, (B, 12)), torch.randint(3, (B, V))
+    doubts = 0.0
+    for scale, size in ((1.0, 0.01), (4.0, 0.002), (4.0, 0.05), (0.1, 0.001)):
+        logits = torch.randn(B, V).double() * scale
+        u, error = torch.rand(B).double(), torch.full((B, 1), size).double()
+        args = ids, cfg, u, counts
+        tokens, in_doubt = sample_tokens(logits, *args, error)
+        doubts += in_doubt.double().mean().item() / 4
+        for moved in (
+            torch.rand(B, V) * 2 - 1,
+            torch.randn(B, V).sign(),
+            torch.where(torch.arange(V) < torch.randint(V, (B, 1)), 1.0, -1.0),
+            -torch.where(torch.arange(V) <= tokens[:, None], 1.0, -1.0),
+            torch.where(torch.arange(V) < tokens[:, None], 1.0, -1.0),
+            -logits.sign(),
+        ):
+            changed = sample_tokens(logits + moved * error, *args)[0]
+            assert changed[~in_doubt].equal(tokens[~in_doubt])
+    assert doubts < 0.9
+    exactly = sample_tokens(logits, *args, torch.zeros(B, 1).double())
+    assert exactly[0].equal(sample_tokens(logits, *args)[0])
+
+
+@pytest.mark.parametrize("settings", CONTROLS, ids=str)
+def test_settled_choices_are_always_the_same(tiny, monkeypatch, settings):
+    "With a bound so wide that many choices are in doubt, and logits that are anywhere within it."
+    monkeypatch.setattr(engine, "ROUNDINGS", 20_000)
+    cfg = SampleConfig(max_new_tokens=40, seed=3, **settings)
+    prompt = encode_prompt(tiny.tokenizer, " = The")
+    wanted = beside_others(Batch(float64_copy(tiny.model), 1), prompt, cfg, 0)
+    torch.manual_seed(0)
+    asked = 0
+
+    class Rounded(Batch):
+        def read(self):
+            logits = super().read()
+            return logits + (torch.rand_like(logits) * 1.8 - 0.9) * engine.error_bound(logits)
+
+        def exact_logits(self, row):
+            nonlocal asked
+            asked += 1
+            return super().exact_logits(row)
+
+    for others in (0, 3):
+        assert beside_others(Rounded(tiny.model, 4), prompt, cfg, others) == wanted
+    assert asked < 5 * 40
+
+
+def test_float64_logits_of_a_window_that_jumps(tiny):
+    "The float64 cache of a row begins again with the window, and gives what reading it gives."
+    batch, context = Batch(tiny.model, 2), tiny.model.cfg.seq_len
+    twin = float64_copy(tiny.model)
+    row = batch.add(list(range(context - 3)), SampleConfig(max_new_tokens=50))
+    for n in range(50):
+        window = row.ids[-window_length(len(row.ids), context) :]
+        if n % 3 == 0:
+            found = batch.exact_logits(row)[0]
+            with torch.no_grad():
+                torch.testing.assert_close(found, twin(torch.tensor([window]))[0, -1])
+        batch.step()
+
+
+def test_other_weights_are_left_as_they_are(tiny):
+    "For them no bound is known: nothing is computed twice."
+    half = copy.deepcopy(tiny.model).to(torch.bfloat16)
+    for model in (half, float64_copy(tiny.model), MockModel()):
+        assert not Batch(model, 1).is_plain
+    assert Batch(tiny.model, 1).is_plain

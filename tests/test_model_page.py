@@ -1,8 +1,11 @@
 """The model in a page: the engine in JavaScript against PyTorch, and the page in a real browser."""
 
 import base64
+import copy
 import itertools
+import json
 import random
+import re
 import unicodedata
 
 import pytest
@@ -546,3 +549,201 @@ def test_the_truth_stands_beside_the_model(open_page, tiny):
     expect(page.locator("#token th").last).to_have_text("truth")
     give_prompt(page, "a text of a different kind")
     expect(page.locator("#token th").last).to_have_text("your settings")
+
+
+# --- the walk
+
+STEPS = """() => {
+  const plain = (x) => (ArrayBuffer.isView(x) ? Array.from(x) : x);
+  const steps = document.getElementById("walk").walk.steps;
+  return Object.fromEntries(steps.map(({ id, numbers }) => [
+    id, Object.fromEntries(Object.entries(numbers).map(([name, x]) => [name, plain(x)])),
+  ]));
+}"""
+
+
+@torch.no_grad()
+def numbers_of_walk(
+    model: Transformer, ids: list[int], t: int, layer: int, head: int
+) -> dict[str, dict[str, torch.Tensor]]:  # step -> name -> values
+    "What the walk shows for one token, layer and head, by PyTorch's own modules."
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda _, given, out, name=name: seen.update(
+                {name: out[0] if isinstance(out, tuple) else out, f"{name} in": given[0]}
+            )
+        )
+        for name, module in model.named_modules()
+    ]
+    logits, weights = model(torch.tensor([ids]), return_weights=True)
+    for hook in hooks:
+        hook.remove()
+    block = f"blocks.{layer}"
+    D = model.cfg.head_dim
+    own = slice(head * D, (head + 1) * D)
+    q, k, v = (part[:, own] for part in seen[f"{block}.attention.qkv"][0].chunk(3, dim=-1))
+    scores = q[t] @ k[: t + 1].T
+    x = seen[f"{block}.norm1 in"][0, t]
+    attended = seen[f"{block}.attention.proj"][0, t]
+    fed, middle = seen[f"{block}.ffn"][0, t], seen[f"{block}.norm2 in"][0, t]
+    inner = seen[f"{block}.ffn.2 in"][0, t]
+    token = model.embeddings.token.weight[ids[t]]
+    hidden = torch.full((len(ids) - t - 1,), -torch.inf)
+    heads = seen[f"{block}.attention.proj in"][0, t]
+    return {
+        "embedding": {"token": token},
+        "position": {
+            "token": token,
+            "position": model.embeddings.position.weight[t],
+            "x": seen["blocks.0.norm1 in"][0, t],
+        },
+        "norm": {"x": x, "normed": seen[f"{block}.norm1"][0, t]},
+        "qkv": {"q": q[t], "k": k[t], "v": v[t]},
+        "score": {"q": q[t], "scores": scores},
+        "scale": {"scores": scores, "scaled": scores / D**0.5},
+        "mask": {"masked": torch.cat([scores / D**0.5, hidden])},
+        "softmax": {"weights": weights[layer, 0, head, t, : t + 1]},
+        "values": {
+            "weights": weights[layer, 0, head, t, : t + 1],
+            "values": v[: t + 1],
+            "output": heads[own],
+        },
+        "join": {"heads": heads, "attended": attended},
+        "residual": {"x": x, "attended": attended, "middle": middle},
+        "feed-forward": {
+            "normed": seen[f"{block}.norm2"][0, t],
+            "inner": inner,
+            "active": (inner > 0).sum(),
+            "fed": fed,
+            "x": middle + fed,
+        },
+        "layers": {
+            "layers": torch.stack(
+                [
+                    seen[f"blocks.{n}.norm2 in"][0, t] + seen[f"blocks.{n}.ffn"][0, t]
+                    for n in range(model.cfg.num_layers)
+                ]
+            )
+        },
+        "final-norm": {"x": seen["norm in"][0, t], "normed": seen["norm"][0, t]},
+        "logits": {"logits": logits[0, t]},
+    }
+
+
+def open_walk(open_page, prompt: str, t: int, layer: int, head: int) -> Page:
+    page = open_page()
+    give_prompt(page, prompt)
+    page.locator("#walk-details > summary").click()
+    page.locator("#walk-details[data-ready]").wait_for()
+    page.wait_for_timeout(400)  # the walk hears of a text once typing has ended
+    for name, value in (("token", t), ("layer", layer), ("head", head)):
+        page.locator("#walk").get_by_label(name, exact=True).select_option(str(value))
+    return page
+
+
+def test_the_walk_shows_the_numbers_of_pytorch(open_page, tiny, rounded):
+    rng = random.Random(3)
+    ids = [rng.randrange(32, 120) for _ in range(9)]
+    prompt = " Holt " + "".join(tiny.tokenizer.decode([i]) for i in ids if i < 95) + " was a"
+    ids = encode_prompt(tiny.tokenizer, prompt)
+    t, layer, head = len(ids) - 2, 1, 2
+    page = open_walk(open_page, prompt, t, layer, head)
+    found = page.evaluate(STEPS)
+    assert len(found) == page.evaluate("document.getElementById('walk').walk.steps.length") == 18
+    assert found["id"] == {"id": ids[t], "position": t}
+    for step, parts in numbers_of_walk(rounded, ids, t, layer, head).items():
+        assert set(found[step]) == set(parts)
+        for name, expected in parts.items():
+            value = torch.tensor(found[step][name], dtype=torch.float64)
+            assert_close(value, expected.double(), rtol=1e-5, atol=1e-4, msg=f"{step}: {name}")
+    numbers = {
+        step: {name: torch.tensor(x, dtype=torch.float64) for name, x in parts.items()}
+        for step, parts in found.items()
+    }
+    place, middle, p = numbers["position"], numbers["residual"], numbers["probabilities"]
+    assert_close(place["token"] + place["position"], place["x"])
+    assert_close(middle["x"] + middle["attended"], middle["middle"])
+    assert_close(numbers["softmax"]["weights"].sum().item(), 1.0)
+    weighted = numbers["values"]["weights"] @ numbers["values"]["values"]
+    assert_close(weighted, numbers["values"]["output"])
+    assert_close(numbers["logits"]["logits"].softmax(-1), p["own"])
+    assert_close((numbers["logits"]["logits"] / 0.8).softmax(-1), p["bent"])
+    assert found["draw"]["next"] == ids[t + 1]
+
+
+def test_the_walk_goes_by_keys_links_and_buttons(open_page, saved):
+    page = open_page()
+    page.evaluate("location.hash = 'step=softmax'")
+    heading = page.locator("#walk h3")
+    expect(heading).to_have_text("9 of 18: Scores become weights")
+    page.get_by_role("button", name="Next").click()
+    expect(heading).to_contain_text("10 of 18")
+    assert page.evaluate("location.hash") == "#step=values"
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    expect(heading).to_contain_text("8 of 18")
+    page.get_by_role("button", name="switch off head 0 of layer 0").click()
+    page.evaluate("location.hash = 'step=values'")
+    expect(page.locator("#walk [aria-live]")).to_contain_text("is switched off")
+    page.get_by_role("button", name="Play").click()
+    page.get_by_role("button", name="Pause").click()
+    give_prompt(page, "")
+    expect(page.locator("#walk [aria-live]")).to_contain_text("no token to follow")
+    give_prompt(page, "a")
+    expect(page.locator("#walk [aria-live]")).to_contain_text("Head 0 of layer 0")
+    page.set_viewport_size(dict(width=390, height=800))
+    widths = page.evaluate(
+        """() => {
+          const { walk } = document.getElementById("walk");
+          return walk.steps.map(({ id }) => {
+            walk.go(id);
+            return document.documentElement.scrollWidth;
+          });
+        }"""
+    )
+    assert len(widths) == 18 and max(widths) <= 390
+    page.locator("#prompt").fill(" Holt" * 193)
+    expect(page.locator("#said")).to_contain_text("it reads the last 192")
+    page.get_by_role("button", name="One token").click()  # the window jumps
+    page.evaluate("location.hash = 'step=id'")
+    expect(page.locator("#walk [aria-live]")).to_contain_text("the window has jumped past the")
+    found = Axe().run(page, context="#walk").response["violations"]
+    assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{"activation": "gelu"}, {"norm": "rms", "positions": "rotary", "activation": "swiglu"}],
+)
+def test_the_walk_knows_every_kind_of_part(open_page, tiny, tmp_path, parts):
+    "Each step has its sentences and its numbers, with no error."
+    cfg = ModelConfig(vocab_size=1024, seq_len=24, embed_dim=16, num_heads=2, num_layers=1, **parts)
+    run = copy.copy(tiny)
+    run.model = Transformer(cfg).eval()
+    model_page(run).save(tmp_path / "other.html")
+    page = open_page(tmp_path / "other.html")
+    page.locator("#walk-details > summary").click()
+    page.locator("#walk-details[data-ready]").wait_for()
+    said = page.evaluate(
+        """() => {
+          const { walk } = document.getElementById("walk");
+          return walk.steps.map(({ id }) => {
+            walk.go(id);
+            return walk.said.textContent;
+          });
+        }"""
+    )
+    assert len(said) == 18 and not any("NaN" in text or "undefined" in text for text in said)
+    assert ("rotary positions" in said[2]) == ("positions" in parts)
+    assert {"gelu": "GELU", "swiglu": "SwiGLU"}[parts["activation"]] in said[12]
+
+
+def test_the_walk_leads_to_headings_that_are_there():
+    content = (STATIC / "walk_steps.js").read_text(encoding="utf-8")
+    links = re.findall(r'chapter: \["(\w+)", "([^"]+)"\]', content)
+    assert len(links) == 18
+    for chapter, heading in links:
+        notebook = json.loads((ROOT / "nbs" / f"{chapter}.ipynb").read_text(encoding="utf-8"))
+        text = "\n".join("".join(cell["source"]) for cell in notebook["cells"])
+        assert re.search(f"^##+ {re.escape(heading)}$", text, flags=re.MULTILINE), heading

@@ -133,15 +133,15 @@ def is_hub_name(
 class DataConfig:
     "Which text, which tokenizer, and where both are kept."
 
-    dataset: str = "tinywiki"  # `tinywiki`, written here, or a dataset of the Hub, `owner/name`
-    subset: str | None = None  # the configuration of the Hub's dataset
-    # TinyWiki only: articles in the train split; a tenth as many in each of the others
+    dataset: str = "tinywiki"  # `tinywiki`, generated here, or `owner/name` of a dataset on the Hub
+    subset: str | None = None  # name of the dataset's configuration on the Hub, if it has several
+    # TinyWiki only: number of articles in the train split; the others have a tenth as many each
     articles: int = 10000
-    seed: int = 0  # TinyWiki only: seed of its articles
-    # `bpe`, trained here on the train split, or an existing tokenizer: the Hub's `owner/name`, or
+    seed: int = 0  # TinyWiki only: seed for writing the articles
+    # `bpe`, learned here from the train split, or an existing tokenizer: the Hub's `owner/name`, or
     # the full path of a model's folder
     tokenizer: str = "bpe"
-    # tokens in the vocabulary; an existing tokenizer must have exactly as many
+    # number of tokens in the vocabulary; an existing tokenizer must have exactly as many
     vocab_size: int = 1024
     data_dir: str = "data"  # folder that holds raw/ and processed/
 

@@ -112,24 +112,24 @@ def bias_tokens(
 class SampleConfig:
     "How the next token is chosen."
 
-    max_new_tokens: int = 120  # tokens to write
+    max_new_tokens: int = 120  # number of tokens to write
     # 0 takes the likeliest token; below 1 sharpens the distribution, above 1 flattens it
     temperature: float = 1.0
     top_k: int | None = None  # keep only the k likeliest tokens
     top_p: float = 1.0  # keep the fewest tokens whose probabilities reach p
     min_p: float = 0.0  # keep tokens at least this many times as likely as the likeliest
-    # keep the tokens of the most typical surprise whose probabilities reach p
+    # keep the tokens whose surprise is closest to the entropy, until their probabilities reach p
     typical_p: float = 1.0
     # above 1 makes tokens that are already in the text less likely
     repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0  # taken from the logit of a token for each time it was written
-    presence_penalty: float = 0.0  # taken from the logit of a token once it was written
-    # added to the logits of single tokens: -inf bans one, inf lets nothing else come
+    frequency_penalty: float = 0.0  # subtracted from a token's logit for each time it was written
+    presence_penalty: float = 0.0  # subtracted from a token's logit if it was written at all
+    # added to the logits of single tokens: -inf forbids a token, inf forces it
     logit_bias: dict[int, float] = field(default_factory=dict)
-    # texts that end what is written; they are not part of it
+    # texts that end the output when they appear; they are not part of it
     stop: list[str] = field(default_factory=list)
-    stop_tokens: list[int] = field(default_factory=list)  # token ids that end what is written
-    seed: int = 0  # of the random numbers that tokens are drawn with
+    stop_tokens: list[int] = field(default_factory=list)  # token ids that end the output
+    seed: int = 0  # seed of the random numbers that choose the tokens
 
     def __post_init__(self):
         require = partial(check_setting, self, "sample")

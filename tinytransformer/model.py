@@ -28,23 +28,23 @@ from .files import InputError, check_setting
 class ModelConfig:
     "The shape of the model."
 
-    vocab_size: int | None = None  # V; left out, as many as the tokenizer has
+    vocab_size: int | None = None  # V, size of the vocabulary; null: that of the tokenizer
     seq_len: int = 128  # longest context T, and the length of the training blocks
-    embed_dim: int = 128  # C
-    num_heads: int = 4  # H, must divide embed_dim
-    num_layers: int = 4  # blocks
-    dropout: float = 0.0  # share of values zeroed while training, where nothing else is said
-    attention_dropout: float | None = None  # of the attention weights
-    embedding_dropout: float | None = None  # of what goes into the first block
+    embed_dim: int = 128  # C, number of values in the vector of a token
+    num_heads: int = 4  # H, number of attention heads; must divide embed_dim
+    num_layers: int = 4  # number of blocks
+    dropout: float = 0.0  # share of values set to zero in training; the next two may differ
+    attention_dropout: float | None = None  # dropout of the attention weights; null: as above
+    embedding_dropout: float | None = None  # dropout of the input of the first block
     tie_weights: bool = False  # use the token embedding as the output projection too
     # standard deviation of the initial weights in the blocks, and 1/sqrt(2 num_layers) of it where
     # a block writes into the residual stream; the embeddings and the head start with 0.02
     init_std: float = 0.02
-    # of the feed-forward networks; gelu as in GPT-2
+    # activation function of the feed-forward networks; GPT-2 has gelu
     activation: Literal["relu", "gelu", "swiglu"] = "relu"
     norm: Literal["layer", "rms"] = "layer"  # LayerNorm or RMSNorm
     positions: Literal["learned", "rotary"] = "learned"  # a table of vectors, or rotary attention
-    # what learned positions begin as: normal (random), or sinusoids
+    # what learned positions start as: normal (random numbers) or sinusoids
     position_start: Literal["normal", "sinusoids"] = "normal"
 
     def __post_init__(self):

@@ -33,16 +33,16 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     max_steps: int = 1000  # optimizer steps
     batch_size: int = 16  # B, blocks in a step, over all processes together
-    # parts that a process works through one by one to save memory; their gradients add up to the
-    # batch's
+    # parts that a process works through one by one to save memory; their gradients add up to that
+    # of the batch
     micro_batches: int = 1
-    learning_rate: float = 3e-3  # its highest value, reached after warm-up
-    min_learning_rate: float = 3e-4  # where it ends
+    learning_rate: float = 3e-3  # highest learning rate, reached after warm-up
+    min_learning_rate: float = 3e-4  # learning rate at the end
     # after warm-up: cosine, constant, or wsd (stable, then a straight line down)
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    warmup_steps: int = 50  # steps of linear rise
-    decay_share: float = 0.2  # wsd only: share of the steps, at the end, in which it falls
-    weight_decay: float = 0.1  # on matrices alone
+    warmup_steps: int = 50  # steps in which the learning rate rises linearly
+    decay_share: float = 0.2  # wsd only: share of the steps, at the end, with a falling rate
+    weight_decay: float = 0.1  # weight decay of the matrices; other parameters have none
     beta1: float = 0.9  # decay of AdamW's running mean of the gradient
     beta2: float = 0.95  # decay of AdamW's running mean of the squared gradient
     grad_clip: float = 1.0  # largest norm of the gradient, over all parameters
@@ -50,7 +50,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     # steps between evaluations on the validation split, each followed by a checkpoint
     eval_every: int = 200
-    # evaluations without a lower validation loss after which training stops
+    # stop after this many evaluations without a lower validation loss
     patience: int | None = None
     # fp32; bf16, for products, where the device has it; or auto: bf16 on a GPU that has it
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -61,11 +61,11 @@ class TrainConfig:
     compile: bool = False
     # leave out a step whose loss or gradient is not finite, instead of stopping there
     skip_non_finite: bool = False
-    track: str | None = None  # tensorboard, mlflow, or both with a comma between
-    # begin with the weights of this GPT-2: a folder, or a name on the Hub; it brings its tokenizer
+    track: str | None = None  # also log to tensorboard, to mlflow, or to tensorboard,mlflow
+    # start from the weights of this GPT-2: a folder, or a name on the Hub; it brings its tokenizer
     # and the shape of the model, except for model.seq_len and the dropouts
     init_from: str | None = None
-    seed: int = 0  # of weights, shuffling and dropout
+    seed: int = 0  # seed for weights, shuffling and dropout
 
     def __post_init__(self):
         def need(names, good, wish):

@@ -304,6 +304,7 @@ export class Transformer {
     keys.push(k);
     values.push(v);
     const heads = new Float64Array(C);
+    const scores = []; // q·k before it is scaled
     const weights = [];
     for (let head = 0; head < H; head++) {
       const [from, to] = [head * D, (head + 1) * D];
@@ -312,7 +313,8 @@ export class Transformer {
         for (let i = from; i < to; i++) sum += q[i] * key[i];
         return sum;
       };
-      weights.push(softmax(Float64Array.from(keys, (key) => dot(key) / Math.sqrt(D))));
+      scores.push(Float64Array.from(keys, dot));
+      weights.push(softmax(scores[head].map((score) => score / Math.sqrt(D))));
       if (off.has(`${layer}.${head}`)) continue;
       const given = patch.get(`${layer}.${head}`);
       if (given) {
@@ -322,7 +324,7 @@ export class Transformer {
       for (let s = 0; s < keys.length; s++)
         for (let i = from; i < to; i++) heads[i] += weights[head][s] * values[s][i];
     }
-    if (seen) Object.assign(seen, { normed1: normed, q, k, v, weights, heads });
+    if (seen) Object.assign(seen, { normed1: normed, q, k, v, scores, weights, heads });
     return this.#linear(`blocks.${layer}.attention.proj`, heads);
   }
 

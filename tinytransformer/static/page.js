@@ -21,11 +21,12 @@ import { TokenReader } from "grammar";
 import { panel as inside } from "inside";
 import { panel as map } from "map_panel";
 import { make, percent, visible } from "parts";
+import { panel as walk } from "walk";
 
 const $ = (id) => document.getElementById(id);
 const LONGEST = 200; // tokens that one click on Write adds at most
 const SHOWN = 10; // tokens in the list of what could come
-const PANELS = [map, inside];
+const PANELS = [walk, map, inside];
 
 // --- the state of the page
 
