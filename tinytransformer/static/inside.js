@@ -86,7 +86,11 @@ export function outputsOf(model, traces, layer, head, positions) {
 const css = `
 #inside h3 { font-size: 1rem; margin: 1rem 0 .25rem }
 #inside .scroll { overflow-x: auto }
-#inside .bars td:last-child { width: 55%; min-width: 6rem }
+#inside table { width: auto; max-width: 44rem }
+#inside th, #inside td { padding-right: 1.25rem }
+#inside .bars { width: 100% }
+#inside .bars td:last-child { width: 60%; min-width: 6rem; padding-right: 0 }
+#inside .patch th { vertical-align: bottom }
 #inside .bars th, #inside .lens th { text-align: left; font-weight: normal }
 #inside .lens td { white-space: pre }
 #inside .lens .right { font-weight: 700; outline: 2px solid var(--blue); border-radius: 3px }
@@ -108,7 +112,14 @@ function table(className, names, rows, caption) {
   );
   const body = make("tbody", {}, ...rows);
   const all = [make("caption", { textContent: caption }), make("thead", {}, head), body];
-  return make("div", { className: "scroll" }, make("table", { className }, ...all));
+  const box = make(
+    "div",
+    { className: "scroll", tabIndex: 0 },
+    make("table", { className }, ...all),
+  );
+  box.setAttribute("role", "group");
+  box.setAttribute("aria-label", caption);
+  return box;
 }
 
 /** The position that is explained, and the token that came after it or is the likeliest there;
@@ -151,7 +162,10 @@ function bars(parts, caption) {
     bar.style.left = `${value < 0 ? (50 - width).toFixed(1) : 50}%`;
     const signed = make("div", { className: "signed" }, bar);
     signed.setAttribute("aria-hidden", "true");
-    const number = value.toFixed(2).replace("-", "−");
+    const number = value
+      .toFixed(2)
+      .replace(/^-0\.00$/, "0.00")
+      .replace("-", "−");
     return make(
       "tr",
       {},
