@@ -873,6 +873,8 @@ def one_line(error: Exception) -> str:
         return f"{wrong['key']} is {wrong['value']!r}: give {wanted}"
     if wrong:
         return text
+    if text.startswith("unrecognized arguments"):
+        return f"{text}; --help lists those that there are"
     return NOISE.sub("", text)
 
 
