@@ -6,18 +6,20 @@ import itertools
 import json
 import random
 import re
+import shutil
 import unicodedata
 
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from conftest import ROOT
+from conftest import ROOT, refusal
 from playwright.sync_api import Error, Page, expect
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.testing import assert_close
 
 from tinytransformer import variants  # noqa: F401
-from tinytransformer.answer_key import TokenReader
+from tinytransformer.answer_key import TokenReader, recalled_tokens, token_spans
 from tinytransformer.cli import main
 from tinytransformer.explorer import silenced
 from tinytransformer.generate import SampleConfig, encode_prompt, generate, next_distribution
@@ -286,6 +288,23 @@ def test_the_truth_is_that_of_the_answer_key(run_in_page, tiny):
             assert {int(i): pytest.approx(p, abs=1e-12) for i, p in mine.items()} == theirs
 
 
+def test_recalled_facts_are_those_of_the_answer_key(run_in_page, tiny):
+    evaluate = run_in_page(tiny.model, tiny.tokenizer)
+    put_grammar(evaluate)
+    for article in itertools.islice(articles(11), 2):
+        spans = token_spans(tiny.tokenizer, article.text)
+        expected = recalled_tokens(tiny.tokenizer, article.text)
+        found = evaluate(
+            "([text, spans]) => spans.map(([from, to]) => reader.recall(text.slice(0, to), from))",
+            [article.text, spans],
+        )
+        assert {i for i, fact in enumerate(found) if fact} == set(expected)
+        token_at = {letter: i for i, span in enumerate(spans) for letter in range(*span)}
+        for i, (name, sources) in expected.items():
+            assert found[i]["name"] == name
+            assert tuple(token_at[letter] for letter in found[i]["letters"]) == sources
+
+
 def test_there_is_no_truth_about_other_texts(run_in_page, tiny):
     evaluate = run_in_page(tiny.model, tiny.tokenizer)
     put_grammar(evaluate)
@@ -452,6 +471,7 @@ def test_the_map_shows_the_weights(open_page, tiny, rounded):
     "prompt, said",
     [
         ("", "The prompt is empty"),
+        ("the" * 33_000, "the model sees at most 192: it reads the last 192"),
         ("x" * 100_000, "the model sees at most 192: it reads the last 192"),
         (" = \U0001f600 = \n", None),
         ("\u0634\u0645\u0633 \u05e9\u05de\u05e9", None),
@@ -521,7 +541,7 @@ def test_fits_a_phone(open_page):
 def test_the_command_writes_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["page", "tiny", "tiny.html", "--prompt", " = Holt"])
-    assert "tiny.html holds the model, 0.5" in capsys.readouterr().out
+    assert "tiny.html holds the model, 0.6" in capsys.readouterr().out
     assert '"prompt": " = Holt"' in (tmp_path / "tiny.html").read_text(encoding="utf-8")
     with pytest.raises(SystemExit, match="tiny.html is there already: give the name of a new"):
         main(["page", "tiny", "tiny.html"])
@@ -747,3 +767,42 @@ def test_the_walk_leads_to_headings_that_are_there():
         notebook = json.loads((ROOT / "nbs" / f"{chapter}.ipynb").read_text(encoding="utf-8"))
         text = "\n".join("".join(cell["source"]) for cell in notebook["cells"])
         assert re.search(f"^##+ {re.escape(heading)}$", text, flags=re.MULTILINE), heading
+
+
+def test_a_recalled_fact_is_marked_and_shading_follows_the_truth(open_page, tiny):
+    page = open_page()
+    text = next(articles(7)).text
+    recalled = recalled_tokens(tiny.tokenizer, text)
+    i = next(i for i in recalled if i > 20)
+    name, sources = recalled[i]
+    give_prompt(page, text[: token_spans(tiny.tokenizer, text)[i][1]])
+    page.locator("#tokens span").nth(i).click()
+    expect(page.locator("#token")).to_contain_text("Here a fact is recalled, the " + name[:4])
+    marked = page.locator("#tokens .source").evaluate_all("nodes => nodes.map(({ id }) => id)")
+    assert marked == [f"token-{at}" for at in sorted(set(sources))]
+    backgrounds = "() => [...document.querySelectorAll('#tokens span')].map((n) => n.rare)"
+    plain = page.evaluate(backgrounds)
+    page.get_by_label("its surprise above the truth").check()
+    above = page.evaluate(backgrounds)
+    assert all(0 <= b <= a + 1e-9 for a, b in zip(plain, above)) and sum(above) < sum(plain)
+
+
+def test_a_file_cut_short_says_so(open_page, saved, tmp_path):
+    "As a download that was broken off: what is there of the page says that the rest is missing."
+    content = saved.read_text(encoding="utf-8")
+    cut = tmp_path / "short.html"
+    cut.write_text(content[: content.index('"weights": "') + 3000], encoding="utf-8")
+    page = open_page(cut)
+    expect(page.get_by_role("alert")).to_contain_text("This file was cut short")
+
+
+def test_a_diverged_run_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny.folder, tmp_path / "diverged")
+    for file in (tmp_path / "diverged").rglob("*.safetensors"):
+        tensors = load_file(file)
+        tensors["norm.weight"][3] = torch.nan
+        save_file(tensors, file)
+    said = refusal("page", "diverged", "page.html")
+    assert "norm.weight" in said or "diverged" in said
+    assert not (tmp_path / "page.html").exists()

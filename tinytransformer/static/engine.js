@@ -111,8 +111,9 @@ export class Tokenizer {
     return this.#pieces.get(piece);
   }
 
-  /** Merge the pair that was learned first, again and again, until no pair is left. */
-  #merge(parts) {
+  /** Merge the pair that was learned first, wherever it stands, until no pair is left. */
+  #merge(letters) {
+    let parts = letters;
     for (;;) {
       let best = Number.POSITIVE_INFINITY;
       let at = -1;
@@ -121,7 +122,11 @@ export class Tokenizer {
         if (rank < best) [best, at] = [rank, i];
       }
       if (at < 0) return parts;
-      parts.splice(at, 2, parts[at] + parts[at + 1]);
+      const [left, right] = [parts[at], parts[at + 1]];
+      const merged = parts.slice(0, at);
+      for (let i = at; i < parts.length; i++)
+        merged.push(parts[i] === left && parts[i + 1] === right ? left + parts[++i] : parts[i]);
+      parts = merged;
     }
   }
 

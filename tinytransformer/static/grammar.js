@@ -12,8 +12,9 @@ function odds(rule) {
 }
 
 /** What can follow `text`: Map from the words up to the next choice, or "" where the article can
- * end, to their probabilities. Empty where the grammar cannot write such a beginning. */
-export function continuations(grammar, text, symbol = "article") {
+ * end, to their probabilities. Empty where the grammar cannot write such a beginning. Facts of the
+ * text that can be repeated here are put into `recalls`: {name, words, first letter}. */
+export function continuations(grammar, text, symbol = "article", recalls = []) {
   const found = new Map();
   const keep = (words, p) => found.set(words, (found.get(words) ?? 0) + p);
 
@@ -43,6 +44,8 @@ export function continuations(grammar, text, symbol = "article") {
         yield [end, q, { ...known, [name]: text.slice(start, end) }];
     else if (Object.hasOwn(facts, name)) {
       const end = read(facts[name], start, p);
+      if (end === null && facts[name].startsWith(text.slice(start)))
+        recalls.push({ name, words: facts[name], first: start });
       if (end !== null) yield [end, p, facts];
     } else yield* expand(name, start, p, facts);
   }
@@ -127,6 +130,30 @@ export class TokenReader {
         for (const [after, q] of this.nextWords(text + word, text.length))
           keep(this.tokenizer.encode(after)[0], (q * p) / total);
     return found;
+  }
+
+  /** The fact that an article recalls in its letters from `start` on, where nothing else could have
+   * come: {name, words, letters}, with where its earlier mentions have the same letter. Else null. */
+  recall(text, start) {
+    for (let letter = start; letter < text.length; letter++) {
+      const recalls = [];
+      continuations(this.grammar, text.slice(0, letter), this.symbol, recalls);
+      for (const { name, words, first } of recalls) {
+        const before = text.slice(0, first);
+        const possible = [...continuations(this.grammar, before, this.symbol).keys()];
+        if (
+          possible.length !== 1 ||
+          possible[0] !== words ||
+          text[letter] !== words[letter - first]
+        )
+          continue;
+        const letters = [];
+        for (let at = before.indexOf(words); at >= 0; at = before.indexOf(words, at + words.length))
+          letters.push(at + letter - first);
+        if (letters.length) return { name, words, letters };
+      }
+    }
+    return null;
   }
 
   /** For each token of an article the truth before it, and one more for what comes next. null from

@@ -5,6 +5,7 @@
 // A panel is a part of the page in a module of its own, such as map_panel.js: {id, title, css,
 // isOpen, start}. `start(host, page)` fills its element, and gives the function that is called with
 // what changed. It reads `page` (below), and may call page.choose, page.read and page.useModel.
+import { listAlternatives, truths } from "alternatives";
 import {
   drawToken,
   nextDistribution,
@@ -20,12 +21,11 @@ import {
 import { TokenReader } from "grammar";
 import { panel as inside } from "inside";
 import { panel as map } from "map_panel";
-import { make, percent, visible } from "parts";
+import { make, visible } from "parts";
 import { panel as walk } from "walk";
 
 const $ = (id) => document.getElementById(id);
 const LONGEST = 200; // tokens that one click on Write adds at most
-const SHOWN = 10; // tokens in the list of what could come
 const PANELS = [walk, map, inside];
 
 // --- the state of the page
@@ -48,8 +48,9 @@ const page = {
   wait: null, // the timer until the panels hear of a new text
   typing: null, // the timer that waits for the end of typing; null if nothing was typed
   settings,
-  truths,
+  truths: () => truths(page),
   choose,
+  take,
   read, // (ids): read these tokens as the prompt
   useModel, // (model): from now on this model reads and writes, as one of an earlier step would
 };
@@ -122,10 +123,21 @@ function makeOption(id, piece, i) {
   node.setAttribute("role", "option");
   node.setAttribute("aria-label", visible(page.tokenizer.show(id)));
   node.classList.toggle("prompt", i < page.prompt);
-  const p = probability(i) ?? 1;
-  const share = (45 * (1 - p)).toFixed(0);
-  node.style.background = `color-mix(in srgb, var(--rare) ${share}%, transparent)`;
+  node.p = probability(i) ?? 1;
   return node;
+}
+
+/** Darker where the model was more surprised, or where it was more surprised than it had to be. */
+function shade() {
+  const isAbove = $("above").checked;
+  const known = isAbove ? page.truths() : [];
+  for (const [i, node] of [...$("tokens").children].entries()) {
+    const truth = isAbove ? known[i]?.get(node.tokenId) : 1;
+    const rare = truth ? Math.max(0, 1 - node.p / truth) : 0;
+    if (node.rare === rare) continue;
+    node.rare = rare;
+    node.style.background = `color-mix(in srgb, var(--rare) ${(45 * rare).toFixed(0)}%, transparent)`;
+  }
 }
 
 function showText() {
@@ -138,97 +150,20 @@ function showText() {
   if (changed >= 0) for (const node of nodes.slice(changed)) node.remove();
   for (let i = box.children.length; i < ids.length; i++)
     box.append(makeOption(ids[i], pieces[i], i));
+  shade();
   for (const [i, node] of [...box.children].entries())
     node.setAttribute("aria-selected", String(i === page.chosen));
   if (page.chosen === null) box.removeAttribute("aria-activedescendant");
   else box.setAttribute("aria-activedescendant", `token-${page.chosen}`);
 }
 
-// --- what could come
-
-/** For each token the truth before it, and one more for what comes next; null where the text is
- * none that the grammar could have written. The truth about an article begins with its heading. */
-function truths() {
-  if (!page.reader || page.running) return [];
-  const text = page.tokenizer.decode(page.text.ids);
-  const headings = [...text.matchAll(/^ = (?!=).*? = $/gm)].map((heading) => heading.index);
-  const starts = headings[0] === 0 ? headings : [0, ...headings];
-  const found = starts.flatMap((start, i) => {
-    const truth = page.reader.read(text.slice(start, starts[i + 1]));
-    return i + 1 < starts.length ? truth.slice(0, -1) : truth;
-  });
-  return found.length === page.text.ids.length + 1 ? found : [];
-}
-
-function distributions() {
-  const i = page.chosen ?? page.text.ids.length;
-  const logits = page.chosen === null ? page.text.logits : page.before[i];
-  if (!logits) return null;
-  const ids = page.text.ids.slice(0, i);
-  return {
-    own: softmax(logits),
-    bent: nextDistribution(logits, ids, ids.slice(page.prompt), settings()),
-    truth: truths()[i] ?? null,
-  };
-}
-
 function showAlternatives() {
-  const found = page.text.ids.length ? distributions() : null;
-  if (!found) {
-    const why = page.text.ids.length
-      ? "This is the first token: nothing came before it, so the model was not asked for it."
-      : "There is no text yet.";
-    $("token").replaceChildren(make("p", { className: "soft", textContent: why }));
-    return;
-  }
-  const { own, bent, truth } = found;
-  const order = [...own.keys()].sort((a, b) => bent[b] - bent[a] || own[b] - own[a]);
-  const current = page.chosen === null ? null : page.text.ids[page.chosen];
-  const rows = order.slice(0, SHOWN);
-  if (current !== null && !rows.includes(current)) rows.push(current);
-  const title =
-    current === null ? "Next token: " : `In place of “${visible(page.tokenizer.show(current))}”: `;
-  const caption = make("caption", {}, make("strong", { textContent: title }));
-  const names = ["token", "model", "your settings", ...(truth ? ["truth"] : [])];
-  const head = make("tr", {}, ...names.map((name) => make("th", { textContent: name })));
-  const body = rows.map((id) => makeRow(id, own, bent, truth));
-  $("token").replaceChildren(
-    make("table", {}, caption, make("thead", {}, head), make("tbody", {}, ...body)),
-  );
-  if (truth) $("token").append(make("p", { className: "soft", textContent: judge(own, truth) }));
+  const sources = listAlternatives($("token"), page);
+  for (const [i, node] of [...$("tokens").children].entries())
+    node.classList.toggle("source", sources.includes(i));
 }
 
-/** How far the model is from the truth at this token, in a sentence. */
-function judge(own, truth) {
-  let far = 0;
-  for (const [id, p] of truth) far += p * Math.log(p / own[id]);
-  const many =
-    truth.size === 1 ? "only one token is possible" : `${truth.size} tokens are possible`;
-  return `In truth, ${many} here. The model pays ${Math.max(0, far).toFixed(3)} nats above it.`;
-}
-
-function makeRow(id, own, bent, truth) {
-  const bar = (p) => {
-    const div = make("div");
-    div.style.width = `${(100 * p).toFixed(2)}%`;
-    return div;
-  };
-  const text = page.tokenizer.show(id);
-  const button = make("button", { type: "button", className: "small", textContent: visible(text) });
-  button.title = page.chosen === null ? "write this token" : "take this token instead";
-  button.addEventListener("click", () => take(id));
-  const isCurrent = page.chosen !== null && page.text.ids[page.chosen] === id;
-  return make(
-    "tr",
-    { className: isCurrent ? "chosen" : "" },
-    make("td", {}, button),
-    make("td", { className: "number", textContent: percent(own[id]) }),
-    make("td", { className: "number", textContent: percent(bent[id]) }),
-    truth
-      ? make("td", { className: "number truth", textContent: percent(truth.get(id) ?? 0) })
-      : make("td", { className: "bar" }, bar(own[id]), bar(bent[id])),
-  );
-}
+// --- what can be done with it
 
 /** Write this token: next, or in place of the chosen one, and forget what came after. */
 function take(id) {
@@ -448,6 +383,7 @@ function listen() {
     if (target.role === "option") choose([...$("tokens").children].indexOf(target));
   });
   $("tokens").addEventListener("keydown", moveChoice);
+  $("above").addEventListener("change", guarded(shade));
   $("controls").addEventListener("input", ({ target }) => {
     const { value, name } = target;
     target.previousElementSibling.textContent = name === "top_k" && value === "0" ? "all" : value;
@@ -456,12 +392,14 @@ function listen() {
   });
 }
 
+const shorten = (text) => (text.length > 40 ? `${text.slice(0, 16)}…${text.slice(-23)}` : text);
+
 function makeExamples() {
   for (const example of data.examples) {
     const button = make("button", {
       type: "button",
       className: "small",
-      textContent: visible(example).slice(0, 40),
+      textContent: shorten(visible(example)),
     });
     button.addEventListener("click", () => {
       page.running = false;
@@ -478,6 +416,7 @@ async function start() {
   const json = new TextDecoder().decode(await unpack(data.tokenizer));
   page.tokenizer = new Tokenizer(JSON.parse(json));
   if (data.grammar) page.reader = new TokenReader(page.tokenizer, data.grammar);
+  $("above").parentElement.hidden = !page.reader;
   $("app").hidden = false;
   makeHeads();
   makeExamples();
@@ -488,7 +427,8 @@ async function start() {
   document.documentElement.dataset.ready = "true";
 }
 
-/** Inside a frame: be as tall as the content, so that nothing scrolls twice. */
+/** Inside a frame: be as tall as the content, so that nothing scrolls twice, and as light or dark
+ * as the notebook or the site around it. */
 function fitFrame() {
   const frame = window.frameElement;
   if (!frame) return;
@@ -496,6 +436,15 @@ function fitFrame() {
     frame.style.height = `${document.documentElement.scrollHeight}px`;
   };
   new ResizeObserver(fit).observe(document.body);
+  const around = frame.ownerDocument.body;
+  const follow = () => {
+    const { jpThemeLight } = around.dataset;
+    const isDark = around.classList.contains("quarto-dark") || jpThemeLight === "false";
+    const isKnown = isDark || around.classList.contains("quarto-light") || jpThemeLight === "true";
+    document.documentElement.style.colorScheme = isKnown ? (isDark ? "dark" : "light") : "";
+  };
+  new MutationObserver(follow).observe(around, { attributes: true });
+  follow();
 }
 
 start().catch((error) => {
