@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHANGEABLE_SETTINGS', 'START', 'current_accelerator', 'random_state', 'set_random_state', 'unwrapped',
            'save_checkpoint', 'Checkpoint', 'read_checkpoint', 'check_weights', 'load_weights', 'restore',
-           'check_unchanged', 'read_start', 'same_text', 'Checkpoints']
+           'check_unchanged', 'read_start', 'same_text', 'Checkpoints', 'keep_weights', 'kept_weights']
 
 # %% ../nbs/appendix/checkpoint.ipynb #0faf919a
 import io
@@ -37,7 +37,7 @@ def current_accelerator() -> str | None:  # its type, such as cuda, mps or xpu
 
 
 def random_state() -> dict:
-    "The state of every random generator of this process; an accelerator's under its own name."
+    "The state of every random generator of this process; that of an accelerator under its name."
     algorithm, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = dict(
         python=random.getstate(),
@@ -50,7 +50,7 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    "Put the generators back to a state of `random_state`."
+    "Set all random generators to a state that `random_state` returned."
     algorithm, keys, *rest = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((algorithm, keys.numpy().astype(np.uint32), *rest))
@@ -65,27 +65,27 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def save_checkpoint(
-    # where to; and where what stood there goes, if it is kept
+    # where to write, and where to move the checkpoint that is there now, if it is kept
     folders: list[tuple[Path, Path | None]],
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     info: dict,  # for `checkpoint.json`
 ) -> None:
-    "Write a checkpoint whole or not at all. Every process must call it."
+    "Write a checkpoint, whole or not at all. Every process must call it."
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    # all of it, not the share of one process, and in main memory
+    # the state of all processes, not the share of one, and in main memory
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, optimizer_state = get_state_dict(model, unwrapped(optimizer), options=options)
-    groups: Any = optimizer_state.get("param_groups", [])  # they are on process 0 alone
+    groups: Any = optimizer_state.get("param_groups", [])  # only process 0 has them
     for group in groups:
         for name, value in group.items():
             if name != "params" and isinstance(value, list):
-                group[name] = tuple(value)  # betas, for one, are a list after they were loaded
+                group[name] = tuple(value)  # betas, for example, become a list when loaded
     state = dict(optimizer=optimizer_state, random=gather_object([random_state()]))
 
     def write():
-        # on process 0 alone are they all there
+        # only process 0 has all of them
         tensors: dict[str, Any] = {name: weights[name] for name, _ in model.named_parameters()}
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -107,7 +107,7 @@ def save_checkpoint(
 # %% ../nbs/appendix/checkpoint.ipynb #f64b6652
 @dataclass
 class Checkpoint:
-    "What `save_checkpoint` has written."
+    "What `save_checkpoint` wrote, read back."
 
     info: dict
     weights: dict[str, torch.Tensor]
@@ -138,7 +138,7 @@ def check_weights(
     model: Transformer,
     weights: dict[str, torch.Tensor],  # name -> tensor; a tied matrix is there once
 ) -> None:
-    "Raise `InputError` for weights of another model."
+    "Raise `InputError` if the names or shapes are not those of `model`."
     wanted = dict(model.named_parameters())
     for name in sorted(wanted.keys() | weights.keys()):
         missing = name not in wanted or name not in weights
@@ -156,13 +156,13 @@ def load_weights(
     check_weights(model, weights)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    # a copy, as a tied matrix has a second name in the model, which is added
+    # a copy, because PyTorch adds the second name that a tied matrix has in the model
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_model_state_dict(model, dict(weights), options=options)
 
 
 def restore(checkpoint: Checkpoint, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights, optimizer and random generators back to what they were. Every process must call
+    """Restore weights, optimizer and random generators from a checkpoint. Every process must call
     it. Raises `InputError` for a checkpoint of another model.
     """
     load_weights(model, checkpoint.weights)
@@ -190,6 +190,7 @@ CHANGEABLE_SETTINGS = {
     "train.micro_batches",
     "train.eval_every",
     "train.patience",
+    "train.keep_at",
     "train.precision",
     "train.compile",
     "train.skip_non_finite",
@@ -202,8 +203,8 @@ def check_unchanged(
     old: dict,  # section -> field -> value
     new: dict,  # likewise
 ) -> None:
-    """Raise `InputError` where a setting that a run keeps for life differs in `new`; one that is
-    missing in `old` had its default.
+    """Raise `InputError` if a setting that must not change in a run differs in `new`. A setting
+    that is missing in `old` had its default.
     """
     defaults = dict(data=DataConfig(), model=ModelConfig(), train=TrainConfig())
     for section, default in defaults.items():
@@ -216,12 +217,12 @@ def check_unchanged(
                 )
 
 # %% ../nbs/appendix/checkpoint.ipynb #705094b4
-# in a run that begins from a GPT-2: its weights, so that resuming needs nothing from outside
+# the weights of the GPT-2 that a run starts from, so that resuming needs no other files
 START = "start.safetensors"
 
 
 def read_start(folder: Path) -> dict[str, torch.Tensor]:
-    "The weights that a run began with. Raises `InputError` if the file is damaged."
+    "Read the weights that a run started with. Raises `InputError` if the file is damaged."
     try:
         return safetensors.torch.load_file(folder / START)
     except Exception as error:
@@ -232,8 +233,8 @@ def read_start(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same_text(
-    one: dict,  # what a checkpoint says of its text
-    two: dict,  # the same of another checkpoint, or of a corpus
+    one: dict,  # what a checkpoint says about its text
+    two: dict,  # the same for another checkpoint, or for a corpus
 ) -> bool:
     "Whether both have the same tokens: prepared from the same files, or equal one by one."
     same_tokens = one.get("tokens") is not None and one["tokens"] == two.get("tokens")
@@ -247,12 +248,12 @@ class Checkpoints:
     folder: Path  # of the run
     description: dict  # what each of them says about the run: config, data, versions, commit
     found: Checkpoint | None = field(default=None, repr=False)  # by `find`, for `load`
-    # gets the row of the checkpoint that was loaded, on every process
+    # called with the row of the checkpoint that was loaded, on every process
     loaded: Callable[[dict], None] = field(default=lambda row: None, repr=False)
     saved: int = 0  # step of the last checkpoint that was written
 
     def newest(self) -> Checkpoint | None:
-        """The first of `last`, `previous` and `best` that is whole; None if there is none yet.
+        """The first of `last`, `previous` and `best` that is undamaged; None if there is none yet.
         Raises `InputError` if all are damaged.
         """
         damaged = []
@@ -332,3 +333,22 @@ class Checkpoints:
             [*folders, (self.folder / "last", self.folder / "previous")], model, optimizer, info
         )
         self.saved = progress.step
+
+# %% ../nbs/appendix/checkpoint.ipynb #ac2824b1
+def keep_weights(
+    folder: Path,  # of the run
+    step: int,  # after which the model had them
+    weights: dict[str, torch.Tensor],  # name -> tensor; a tied matrix is there once
+) -> None:
+    "Write weights in 16 bits into the run's folder `history`. `InputError` if they do not fit."
+    halves = {name: tensor.detach().cpu().half().contiguous() for name, tensor in weights.items()}
+    for name, tensor in halves.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{name} is not finite in 16 bits at step {step}")
+    write_whole(folder / "history" / f"{step}.safetensors", safetensors.torch.save(halves))
+
+
+def kept_weights(folder: Path) -> dict[int, Path]:  # step -> file, the first step first
+    "The files that `keep_weights` has written."
+    files = (folder / "history").glob("*.safetensors")
+    return dict(sorted((int(file.stem), file) for file in files if file.stem.isdecimal()))

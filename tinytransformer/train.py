@@ -10,7 +10,7 @@ __all__ = ['MakeOptimizer', 'OPTIMIZERS', 'TrainConfig', 'make_adamw', 'make_opt
 # %% ../nbs/05_train.ipynb #5bcde0d9
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import count
 from typing import Any, Literal, Protocol, get_args, get_origin
 
@@ -52,6 +52,9 @@ class TrainConfig:
     eval_every: int = 200
     # stop after this many evaluations without a lower validation loss
     patience: int | None = None
+    # steps after which the weights are kept for good, in 16 bits, to look back at how the model
+    # learned; 0 keeps those it began with
+    keep_at: list[int] = field(default_factory=list)
     # fp32; bf16, for products, where the device has it; or auto: bf16 on a GPU that has it
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     # do not keep the activations inside the blocks, but compute them again in the backward pass:
@@ -73,10 +76,10 @@ class TrainConfig:
                 value = getattr(self, name)
                 check_setting(self, "train", name, value is None or good(value), wish)
 
-        for field in fields(self):
-            if get_origin(field.type) is Literal:
-                *others, last = choices = get_args(field.type)
-                need(field.name, choices.__contains__, f"{', '.join(others)} or {last}")
+        for setting in fields(self):
+            if get_origin(setting.type) is Literal:
+                *others, last = choices = get_args(setting.type)
+                need(setting.name, choices.__contains__, f"{', '.join(others)} or {last}")
         counts = "max_steps batch_size micro_batches eval_every patience"
         need(counts, lambda v: v >= 1, "at least 1")
         need(f"{counts} warmup_steps", lambda v: v <= 10**12, "at most 10**12")
@@ -95,6 +98,8 @@ class TrainConfig:
             lambda v: v <= self.learning_rate,
             f"at most train.learning_rate, {self.learning_rate}",
         )
+        are_steps = all(type(step) is int and 0 <= step <= 10**12 for step in self.keep_at)
+        need("keep_at", lambda v: are_steps, "a list of steps, each from 0 to 10**12")
         need("seed", lambda v: v < 2**32, "less than 2**32, the limit of NumPy's seed")
 
 # %% ../nbs/05_train.ipynb #2e28ad22
