@@ -243,6 +243,17 @@ def test_interrupted_early(tmp_path, command, seconds):
         ("train:\n  max_steps: 1:30", "line 2: 1:30 would be read as a time"),
         ("train: {learning_rate: 1:30.5}", "1:30.5 would be read as a time"),
         ("model: {dropout: -1:30}", "-1:30 would be read as a time"),
+        ("data: {articles: ~}", "data.articles is null: give int"),
+        ("data: {data_dir: null}", "data.data_dir is null: give str"),
+        ("model:\n  seq_len:\n  dropout: 0.1", "model.seq_len is null: give int"),
+        ("train: {optimizer: ~}", "train.optimizer is null: give adamw"),
+        ("sample: {top_k: ~, seed: ~}", "sample.seed is null: give int"),
+        ("data: {articles: 60, articles: 50}", "line 1: articles appears twice"),
+        ("data: {articles: .inf}", "data.articles is 'inf': give int"),
+        ("data: {articles: 2024-01-01}", "data.articles is '2024-01-01': give int"),
+        ("data: {articles: yes}", "data.articles is 'True': give int"),
+        ("train: {}\n---\ntrain: {}", "cannot be read as YAML"),
+        ("a: &a [*a]", "is not a configuration"),
     ],
 )
 def test_surprises_of_yaml(tmp_path, text, said):

@@ -45,7 +45,15 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from . import __version__, tinywiki
 from .__main__ import COMMANDS
 from .checkpoint import same_text
-from .config import PACKAGED, config_file, make_config, odd_number, read_config
+from tinytransformer.config import (
+    PACKAGED,
+    config_file,
+    describe_type,
+    has_type,
+    make_config,
+    odd_number,
+    read_config,
+)
 from .corpus import Corpus, prepare
 from .data import SPLITS, DataConfig
 from tinytransformer.devices import (
@@ -149,12 +157,16 @@ class ConfigName(ActionConfigFile):
 def readable_config(name: str) -> str:  # the path of its YAML file
     "The file that `--config NAME` means; `InputError` if it cannot be read."
     path = config_file(name)
-    for section in read_config(path):
+    for section, values in read_config(path).items():
         if section in ("config", "folder", "resume", "serve"):  # the parser uses these names
             raise InputError(
                 f"{path}: {section} is not a section of the configuration: give"
                 f" {', '.join(SECTIONS)}"
             )
+        # the parser lets null pass for every field
+        for f in fields(SECTIONS[section]) if section in SECTIONS else ():
+            if f.name in values and values[f.name] is None and not has_type(None, f.type):
+                raise InputError(f"{section}.{f.name} is null: give {describe_type(f.type)}")
     return str(path)
 
 

@@ -482,3 +482,12 @@ export class Text {
     return this.logits;
   }
 }
+
+// --- what a page carries, as model_page.py packed it
+
+/** [model, tokenizer] out of the data of a page. */
+export async function readModel({ config, weights, shapes, dtype, tokenizer }) {
+  const tensors = readTensors(await unpack(weights), shapes, dtype);
+  const json = new TextDecoder().decode(await unpack(tokenizer));
+  return [new Transformer(config, tensors), new Tokenizer(JSON.parse(json))];
+}
