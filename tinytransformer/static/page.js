@@ -17,13 +17,14 @@ import {
 } from "engine";
 import { fitFrame } from "frame";
 import { TokenReader } from "grammar";
+import { panel as inside } from "inside";
 import { panel as map } from "map_panel";
 import { make, visible } from "parts";
 import { panel as walk } from "walk";
 
 const $ = (id) => document.getElementById(id);
 const LONGEST = 200; // tokens that one click on Write adds at most
-const PANELS = [walk, map];
+const PANELS = [walk, map, inside];
 
 // --- the state of the page
 
