@@ -732,6 +732,7 @@ def test_the_walk_goes_by_keys_links_and_buttons(open_page, saved):
     assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parts",
     [{"activation": "gelu"}, {"norm": "rms", "positions": "rotary", "activation": "swiglu"}],
