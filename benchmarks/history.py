@@ -1,11 +1,12 @@
 """What a model knew after each step that its training kept.
 
-tinytransformer train --config tiny --train.keep_at '[0, 100, 200]'
+OMP_NUM_THREADS=1 tinytransformer train --config tiny --train.keep_at '[0, 50, 100, 150, 200, 250,
+300, 350, 400, 420, 440, 460, 480, 500, 550, 600, 700, 800, 900, 1000, 1200, 1400, 1600]'
 python -m benchmarks.history runs/tiny          writes benchmarks/results/history.json
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -28,8 +29,13 @@ def rounded(value):
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="folder of a run of TinyWiki that was trained with keep_at")
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [json.dumps(rounded(row)) for row in learning_history(load_run(sys.argv[1]))]
+    rows = [json.dumps(rounded(row)) for row in learning_history(load_run(given.run))]
     write_whole(RESULTS, "[\n" + ",\n".join(rows) + "\n]\n")
 
 
