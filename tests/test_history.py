@@ -1,17 +1,20 @@
 """How a model learned: the weights that a training keeps, what is measured of them, the slider."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import torch
+from conftest import ROOT
 
 from tinytransformer.checkpoint import kept_weights, read_checkpoint
 from tinytransformer.corpus import prepare
 from tinytransformer.data import DataConfig
 from tinytransformer.files import InputError
+from tinytransformer.history import induction_scores, learning_history, read_history
 from tinytransformer.model import ModelConfig
-from tinytransformer.runs import train_run
+from tinytransformer.runs import load_run, train_run
 from tinytransformer.train import TrainConfig
 
 SHAPE = ModelConfig(seq_len=32, embed_dim=16, num_heads=2, num_layers=1, dropout=0.1)
@@ -95,3 +98,38 @@ def test_a_history_that_cannot_be_written_ends_nothing(text, tmp_path, capsys):
 def test_steps_that_are_none(steps):
     with pytest.raises(InputError, match=r"train.keep_at is \[.*\]: give a list of steps, each"):
         TrainConfig(keep_at=steps)
+
+
+def test_history_is_read_back(kept):
+    "Each step's weights in its turn, and last the model of the run."
+    run = load_run(kept)
+    norms = {step: model.embeddings.token.weight.norm().item() for step, model in read_history(run)}
+    assert list(norms) == [0, 2, 3, 4] and len(set(norms.values())) == 4
+    assert norms[4] == run.model.embeddings.token.weight.norm().item()
+    assert induction_scores(run.model, n=16).shape == (1, 2)
+
+
+def test_weights_of_another_model_are_refused(kept, tmp_path):
+    run = load_run(kept)
+    shape = replace(SHAPE, embed_dim=32)
+    run.model = type(run.model)(replace(shape, vocab_size=300))
+    with pytest.raises(InputError, match="the weights are of another model"):
+        next(read_history(run))
+
+
+def test_the_table_ends_with_the_shipped_model():
+    "Its last row is measured again here; `tiny` itself keeps no other weights."
+    rows = json.loads((ROOT / "benchmarks/results/history.json").read_text())
+    (row,) = learning_history(load_run("tiny"))
+    assert row["step"] == rows[-1]["step"] and row["recall"] == pytest.approx(
+        rows[-1]["recall"], abs=0.01
+    )
+    for name in ("excess", "looks", "induction"):
+        for mine, its in zip(flat(row[name]), flat(rows[-1][name]), strict=True):
+            assert mine == pytest.approx(its, abs=0.01), name
+
+
+def flat(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [part for inner in value for part in flat(inner)] if isinstance(value, list) else [value]

@@ -777,7 +777,7 @@ def test_a_recalled_fact_is_marked_and_shading_follows_the_truth(open_page, tiny
     name, sources = recalled[i]
     give_prompt(page, text[: token_spans(tiny.tokenizer, text)[i][1]])
     page.locator("#tokens span").nth(i).click()
-    expect(page.locator("#token")).to_contain_text("Here a fact is recalled, the " + name[:4])
+    expect(page.locator("#token")).to_contain_text(f"Here the fact “{name}” is recalled")
     marked = page.locator("#tokens .source").evaluate_all("nodes => nodes.map(({ id }) => id)")
     assert marked == [f"token-{at}" for at in sorted(set(sources))]
     backgrounds = "() => [...document.querySelectorAll('#tokens span')].map((n) => n.rare)"

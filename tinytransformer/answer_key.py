@@ -349,7 +349,9 @@ def examine(
 
     by_patch = torch.tensor([moved([head]) for head in heads])
     carrier = heads[int(by_patch.argmax())]
-    weights = look(model, pair.ids, pair.ids).weights[:, :, -1].flatten(0, 1)  # (heads, T)
+    weights = (
+        look(model, pair.ids, [""] * len(pair.ids)).weights[:, :, -1].flatten(0, 1)
+    )  # (heads, T)
     parts = direct_logit_attribution(model, pair.ids, -1, a, b)
     is_first = logit_lens(model, pair.ids)[:, -1].argmax(-1) == a  # (steps,)
     return Examined(

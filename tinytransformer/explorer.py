@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -231,7 +231,8 @@ def written_vectors(
     position: int,
 ) -> dict[str, torch.Tensor]:  # part -> (C,)
     "What each part of the model adds to the residual stream at one position."
-    table, blocks = model.embeddings.position, model.blocks
+    table = model.embeddings.position
+    blocks: list[Any] = list(model.blocks)
     vectors = {"token": model.embeddings.token.weight[ids[position]]}
     if table is not None:
         vectors["position"] = table.weight[range(len(ids))[position]]
@@ -259,7 +260,7 @@ def direct_logit_attribution(
     """Split a logit, or the difference of two, into what each part of the model writes directly, at
     the scale that the final norm has here (Elhage et al., 2021). The parts sum to the logit.
     """
-    W, norm = model.head.weight, model.norm
+    W, norm = model.head.weight, cast(Any, model.norm)
     wanted = W[token] if other is None else W[token] - W[other]  # (C,)
     is_centred = isinstance(norm, nn.LayerNorm)  # RMSNorm leaves the mean where it is
 

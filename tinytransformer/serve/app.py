@@ -66,12 +66,12 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
-# what needs no key: the page that asks for it, and whether the server is alive
+# these need no key: the page, which asks for it, and whether the server is alive
 OPEN_PATHS = {"/", "/serve.js", "/attention_map.js", "/health"}
 
 
 class Guard:
-    "Middleware for the key, the size of the body, headers, the count, and errors without details."
+    "Middleware that checks key and size, counts, sets headers, and hides details of errors."
 
     def __init__(self, app: Any, cfg: ServeConfig, metrics: Metrics):
         self.app, self.cfg, self.metrics = app, cfg, metrics
@@ -126,7 +126,7 @@ class Guard:
         )
 
     def limited(self, receive: Callable) -> Callable:
-        "The same messages, unless they are too many bytes."
+        "Pass on the same messages, up to the largest size."
         size = 0
 
         async def counted():
@@ -165,7 +165,7 @@ class Service:
 
 
 async def while_connected(request: Request, work: Coroutine | Any) -> Any:
-    "The result of a coroutine, which is cancelled if the client hangs up."
+    "The result of a coroutine. If the client hangs up, the coroutine is cancelled."
 
     async def hang_up():
         while (await request.receive())["type"] != "http.disconnect":
@@ -183,7 +183,7 @@ async def while_connected(request: Request, work: Coroutine | Any) -> Any:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    "Every error in OpenAI's form."
+    "Send every error in OpenAI's form."
 
     def handler(convert: Callable[[Any], APIError]) -> Callable:
         return lambda request, error: convert(error).response()
@@ -228,7 +228,7 @@ def add_completion_route(api: APIRouter, service: Service) -> None:
         if not body.stream:
             return await while_connected(request, writer.whole())
         events = writer.stream()
-        # an error before the first event still becomes the status of the answer
+        # an error before the first event can still become the status of the answer
         first = await while_connected(request, anext(events))
 
         async def all_events() -> AsyncGenerator[str, None]:
@@ -245,7 +245,7 @@ def add_attention_route(api: APIRouter, service: Service) -> None:
 
     @api.post("/attention")
     async def attention(body: AttentionRequest) -> dict[str, Any]:
-        "What attention_map.js draws: the weights of all heads for a text."
+        "The weights of all heads for a text, as attention_map.js draws them."
         ids = await asyncio.to_thread(encode_prompt, run.tokenizer, body.prompt)
         T, heads = len(ids), run.model.cfg.num_layers * run.model.cfg.num_heads
         if T < 2:
@@ -324,7 +324,7 @@ def make_app(run: Run, cfg: ServeConfig) -> FastAPI:
 
 # %% ../../nbs/appendix/serve_app.ipynb #3c2ab7a9
 class Server(uvicorn.Server):
-    "Finishes what is being written before it ends."
+    "Uvicorn's server, which lets texts that are being written finish before it ends."
 
     def __init__(self, app: FastAPI, cfg: ServeConfig):
         super().__init__(
@@ -343,14 +343,14 @@ class Server(uvicorn.Server):
 
 
 def listen(cfg: ServeConfig) -> socket.socket:
-    "A socket at the address of the settings; `InputError` if it cannot be had."
+    "A socket at the address in the settings. Raises `InputError` if that is not possible."
     family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
     try:
         listener = socket.create_server((cfg.host, cfg.port), family=family)
     except OSError as error:
         raise InputError(
             f"cannot listen at {cfg.host}, port {cfg.port}: {str(error.strerror).split(' (')[0]};"
-            " give another --port or --host"
+            " give a different --port or --host"
         ) from error
     # each token is sent at once; otherwise TCP holds it back for up to 40 ms to send more with it
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -358,8 +358,8 @@ def listen(cfg: ServeConfig) -> socket.socket:
 
 
 def serve(run: Run, cfg: ServeConfig) -> None:
-    """Answer until Ctrl-C, SIGTERM or another of `STOP_SIGNALS`. Raises `InputError` if the address
-    cannot be had.
+    """Answer until Ctrl-C, SIGTERM or another of `STOP_SIGNALS`. Raises `InputError` if the
+    server can't listen at its address.
     """
     listener = listen(cfg)
     if torch.cuda.is_available():

@@ -74,7 +74,7 @@ EncodedPrompt = tuple[list[int], str]  # token ids and text
 def encode_prompts(
     tokenizer: Tokenizer, prompt: str | list[str] | list[int] | list[list[int]]
 ) -> list[EncodedPrompt]:
-    "The prompts of a request, in any form that they may have."
+    "The prompts of a request, which may be text or ids, one or several."
     if isinstance(prompt, str):
         return [(encode_prompt(tokenizer, prompt), prompt)]
     if isinstance(prompt[0], int):
@@ -83,7 +83,7 @@ def encode_prompts(
 
 
 def check_request(body: CompletionRequest, prompts: int, cfg: ServeConfig) -> None:
-    "What no field shows by itself; raises `APIError`."
+    "Check what can't be seen in one field alone. Raises `APIError`."
     each = body.best_of or body.n  # texts for every prompt
     texts = prompts * each
 
@@ -100,16 +100,16 @@ def check_request(body: CompletionRequest, prompts: int, cfg: ServeConfig) -> No
     require(each >= body.n, f"best_of is {each}, less than n: give at least {body.n}", "best_of")
     require(
         not body.stream or each == body.n,
-        "best_of: the best are known at the end, so they cannot be streamed",
+        "best_of: the best texts are known only at the end: leave stream out",
         "best_of",
     )
     require(
         body.stream or body.stream_options is None,
-        "stream_options: only with stream",
+        "stream_options: they are only for streams: set stream, or leave them out",
         "stream_options",
     )
     places = cfg.rows + cfg.queue
-    require(texts <= places, f"n: {texts} texts are asked for: at most {places}", "n")
+    require(texts <= places, f"n: {texts} texts are asked for: give at most {places}", "n")
     require(
         texts * body.max_tokens <= cfg.max_tokens,
         f"max_tokens: {texts} texts of {body.max_tokens} tokens are more than the"
@@ -119,7 +119,7 @@ def check_request(body: CompletionRequest, prompts: int, cfg: ServeConfig) -> No
 
 
 def check_tokens(ids: list[int], body: CompletionRequest, model: ModelConfig) -> None:
-    "That the model can read a prompt, and go on as far as is asked; raises `APIError`."
+    "Check that prompt and answer fit into the context and the vocabulary. Raises `APIError`."
     context, V = model.seq_len, model.vocab_size
     assert V is not None  # known once a model is built
     total = len(ids) + body.max_tokens
@@ -163,10 +163,10 @@ def sample_config(body: CompletionRequest) -> SampleConfig:
 
 
 def make_choices(body: CompletionRequest, prompts: list[EncodedPrompt]) -> list[Choice]:
-    "One for each text that has to be written."
+    "A choice for each text that has to be written."
     each = body.best_of or body.n
     cfg = sample_config(body) if body.max_tokens else None
-    # the best of several are found by their log-probabilities
+    # `best_of` compares texts by their log-probabilities
     top = 0 if body.logprobs is None and each > body.n else body.logprobs
     texts = [prompt for prompt in prompts for _ in range(each)]
     return [Choice(k, ids, text, cfg, top, body.echo) for k, (ids, text) in enumerate(texts)]
@@ -194,7 +194,7 @@ class CompletionWriter:
         self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        "What the decoder writes, counted."
+        "What the decoder writes; the tokens are counted on the way."
         async with aclosing(self.decoder.write(self.choices)) as pieces:
             async for piece in pieces:
                 self.written += 0 if piece.echo else len(piece.ids)
@@ -218,7 +218,7 @@ class CompletionWriter:
         )
 
     async def whole(self) -> Completion:
-        "Everything at once."
+        "The whole answer, when all texts are finished."
         found: dict[int, Piece] = {}
         async with aclosing(self.pieces()) as pieces:
             async for piece in pieces:
@@ -233,13 +233,13 @@ class CompletionWriter:
         return self.completion(choices, self.usage())
 
     def mean_logprob(self, piece: Piece) -> float:
-        "Of the tokens that were written, in nats."
+        "Mean log-probability of the tokens that were written, in nats."
         echoed = len(self.choices[piece.index].prompt) if self.body.echo else 0
         logprobs = [logprob for logprob in piece.logprobs[echoed:] if logprob is not None]
         return sum(logprobs) / len(logprobs) if logprobs else 0.0
 
     async def stream(self) -> AsyncGenerator[str, None]:
-        "Events, as soon as there is text; after them the usage, if it was asked for."
+        "One event for each piece that has text; at the end the usage, if it was asked for."
         options = self.body.stream_options
         with_usage = options is not None and options.include_usage
 
@@ -255,7 +255,7 @@ class CompletionWriter:
             async with aclosing(self.pieces()) as pieces:
                 async for piece in pieces:
                     piece = held.pop(piece.index) + piece if piece.index in held else piece
-                    # half a character, or what may be the beginning of a stop string
+                    # no text yet: half a character, or perhaps the beginning of a stop string
                     if not (piece.text or piece.finish_reason):
                         held[piece.index] = piece
                     else:
@@ -266,7 +266,7 @@ class CompletionWriter:
             yield "data: [DONE]\n\n"
         except APIError as error:
             if not begun:
-                raise  # it still becomes the status of the answer
+                raise  # nothing was sent yet, so it can still become the status of the answer
             yield server_sent_event(error.content())
 
 

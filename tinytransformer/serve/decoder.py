@@ -30,27 +30,27 @@ from .schemas import APIError, ServeConfig, internal_error, shutting_down
 # %% ../../nbs/appendix/serve_decoder.ipynb #5f2d205d
 @dataclass(eq=False)
 class Choice:
-    "One text that is asked for. The worker only reads it."
+    "A text that somebody has asked for. The worker reads it but never changes it."
 
-    index: int  # in its request
-    prompt: list[int]
+    index: int  # its number in the request
+    prompt: list[int]  # token ids
     text: str  # of the prompt
-    cfg: SampleConfig | None  # None: only read the prompt
-    top_logprobs: int | None  # how many of the likeliest tokens to report; None: no logprobs
-    echo: bool  # begin with the prompt
+    cfg: SampleConfig | None  # None: read the prompt, but write nothing
+    top_logprobs: int | None  # number of likeliest tokens to report; None: no log-probabilities
+    echo: bool  # whether the answer begins with the prompt
 
 
 @dataclass
 class Piece:
-    "More of a choice."
+    "A part of the text of a choice."
 
     index: int  # of the choice
     text: str
     ids: list[int]
     logprobs: list[float | None]
     top_logprobs: list[dict[int, float] | None]  # token id -> log-probability
-    finish_reason: Literal["stop", "length"] | None = None  # why it ends here
-    echo: bool = False  # it is the prompt
+    finish_reason: Literal["stop", "length"] | None = None  # why the text ends here, if it does
+    echo: bool = False  # whether it is the prompt
 
     def __add__(self, more: "Piece") -> "Piece":
         return Piece(
@@ -82,7 +82,7 @@ def prompt_logprobs(
 
 # %% ../../nbs/appendix/serve_decoder.ipynb #bcff4031
 class Metrics:
-    "What is counted, in a registry of its own."
+    "The metrics of one server, in a registry of their own."
 
     def __init__(self):
         self.registry = prometheus.CollectorRegistry()
@@ -92,10 +92,10 @@ class Metrics:
             "Requests that were answered",
             labelnames=["path", "status"],
         )
-        self.read = self.add(prometheus.Counter, "tokens_read", "Tokens of prompts")
+        self.read = self.add(prometheus.Counter, "tokens_read", "Tokens of prompts that were read")
         self.written = self.add(prometheus.Counter, "tokens_written", "Tokens that were written")
         self.rows = self.add(prometheus.Gauge, "rows", "Texts that are being written")
-        self.waiting = self.add(prometheus.Gauge, "waiting", "Texts that wait")
+        self.waiting = self.add(prometheus.Gauge, "waiting", "Texts that are waiting")
         times = (
             0.001,
             0.0025,
@@ -115,11 +115,14 @@ class Metrics:
         self.first = self.add(
             prometheus.Histogram,
             "first_token_seconds",
-            "From the request to its first token",
+            "Time from a request to its first token",
             buckets=times,
         )
         self.next = self.add(
-            prometheus.Histogram, "next_token_seconds", "From a token to the next", buckets=times
+            prometheus.Histogram,
+            "next_token_seconds",
+            "Time from one token to the next",
+            buckets=times,
         )
 
     def add(self, kind: type, name: str, description: str, **options: Any) -> Any:
@@ -131,14 +134,14 @@ Update = tuple[Choice, Piece | APIError]
 
 
 class Worker:
-    "The thread that owns the model: it writes all choices together."
+    "The thread that runs the model, and writes all choices together."
 
     def __init__(
         self,
         run: Run,
-        rows: int,  # choices that are written together
+        rows: int,  # largest number of choices that are written together
         metrics: Metrics,
-        report: Callable[[list[Update]], None],  # is called in this thread
+        report: Callable[[list[Update]], None],  # called in this thread
     ):
         self.run, self.rows, self.metrics, self.report = run, rows, metrics, report
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -157,14 +160,14 @@ class Worker:
     # --- may be called from any thread
 
     def post(self, action: Callable[[], None]) -> None:
-        "Have something done between two steps. It must not raise."
+        "Run `action` in this thread, between two steps. It must not raise."
         self.inbox.put(action)
 
     def stop(self) -> None:
         self.inbox.put(None)
         self.thread.join()
 
-    # --- to be posted
+    # --- actions to post
 
     def enqueue(self, choices: list[Choice]) -> None:
         self.waiting.extend(choices)
@@ -173,7 +176,7 @@ class Worker:
         self.cancelled.update(choices)
 
     def close(self, deadline: float) -> None:
-        "Admit no choice any more, and end the others when the time comes."
+        "Start no more choices, and end the running ones at the deadline."
         self.closing, self.deadline = True, min(self.deadline, deadline)
 
     # --- the loop
@@ -190,7 +193,7 @@ class Worker:
                 self.report(updates)
 
     def read_inbox(self) -> bool:
-        "Do what was posted, and wait for more if nothing is to be written; False at the end."
+        "Run what was posted, and wait if there is nothing to write. False when it is time to stop."
         while not self.inbox.empty() or not (self.running or self.waiting):
             action = self.inbox.get()
             if action is None:
@@ -199,7 +202,7 @@ class Worker:
         return True
 
     def start_again(self) -> list[Update]:
-        """After a fault the state of the batch is unknown: begin with an empty one, and report an
+        """After an error the state of the batch is unknown: start with an empty one, and report an
         error to all choices that were in it.
         """
         lost, self.running, self.batch = list(self.running.values()), {}, self.empty_batch()
@@ -208,7 +211,7 @@ class Worker:
         return [(choice, error) for choice in lost]
 
     def dismiss(self) -> list[Update]:
-        "Drop choices that were cancelled, and when the server stops those that have no time left."
+        "Drop choices that were cancelled, and those that have no time left when the server stops."
         late = time.monotonic() > self.deadline
         rows = [r for r, choice in self.running.items() if late or choice in self.cancelled]
         dropped = [c for c in self.waiting if self.closing or c in self.cancelled]
@@ -221,14 +224,14 @@ class Worker:
         return [(choice, shutting_down()) for choice in dropped]
 
     def admit_waiting(self) -> list[Update]:
-        "Begin as many of the choices that wait as there are free rows."
+        "Start as many of the waiting choices as there are free rows."
         updates = []
         while self.waiting and len(self.batch.rows) < self.rows:
             updates += self.admit(self.waiting.popleft())
         return updates
 
     def admit(self, choice: Choice) -> list[Update]:
-        "Read a prompt and give it a row; what there is to report at once."
+        "Read a prompt and give it a row. Returns what can be reported already."
         self.metrics.read.inc(len(choice.prompt))
         logprobs: list[float | None] = [None] * len(choice.prompt)
         top_logprobs: list[dict[int, float] | None] = [None] * len(choice.prompt)
@@ -264,7 +267,7 @@ class Worker:
         return [(choice, piece)]
 
     def step(self) -> list[Update]:
-        "A token for every row, or the error that it has come to."
+        "Write a token for every row, or report the error of that row."
         updates: list[Update] = []
         for token in self.step_batch():
             choice, reason = self.running[token.row], token.row.finish_reason
@@ -285,7 +288,7 @@ class Worker:
         except InputError:
             if self.batch.rows:
                 raise
-            return []  # no row could go on, and each knows why
+            return []  # no row could go on; each holds its own error
 
     def failed(self, what: str) -> APIError:
         log.exception("%s failed; the loop goes on", what)
@@ -294,7 +297,7 @@ class Worker:
 # %% ../../nbs/appendix/serve_decoder.ipynb #426e0cb2
 @dataclass(eq=False)
 class Listener:
-    "What the event loop knows of a choice."
+    "What the event loop knows about a choice."
 
     pieces: asyncio.Queue[Piece | APIError]  # of all the choices of a request
     since: float  # when it came, and later when its last token did: seconds of the monotonic clock
@@ -302,7 +305,7 @@ class Listener:
 
 
 class Decoder:
-    "What the event loop asks of the worker; all of it is called in the event loop."
+    "The event loop's side of the worker. All methods but `report` are called in the event loop."
 
     def __init__(self, run: Run, cfg: ServeConfig, metrics: Metrics):
         self.run, self.cfg, self.metrics = run, cfg, metrics
@@ -328,20 +331,20 @@ class Decoder:
         return not self.closing and self.worker.thread.is_alive()
 
     def reserve(self, places: int) -> None:
-        "Take so many places; `APIError` if there is no room for them."
+        "Take this many places. Raises `APIError` if not so many are free."
         if self.closing:
             raise shutting_down()
         if places > self.free:
             raise APIError(
                 429,
-                "too much is waiting already: try again in a moment",
+                "too many requests are waiting already: try again in a moment",
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "1"},
             )
         self.free -= places
 
     async def between_steps(self, action: Callable[[], Any]) -> Any:
-        "The result of something that needs the model for itself; it takes one place meanwhile."
+        "The result of `action`, which the worker runs between two steps. It takes one place."
         self.reserve(1)
         future: Future = Future()
 
@@ -359,7 +362,7 @@ class Decoder:
             self.free += 1
 
     async def write(self, choices: list[Choice]) -> AsyncGenerator[Piece, None]:
-        "Pieces of all the choices as they come; whatever is left at the end is cancelled."
+        "The pieces of all the choices, as they come. Choices that are not finished are cancelled."
         self.reserve(len(choices))
         pieces: asyncio.Queue[Piece | APIError] = asyncio.Queue()
         for choice in choices:
@@ -382,7 +385,7 @@ class Decoder:
         self.loop.call_soon_threadsafe(self.deliver, updates)
 
     def deliver(self, updates: list[Update]) -> None:
-        "Hand out what the worker has written."
+        "Pass what the worker has written to the requests that wait for it."
         now = time.monotonic()
         for choice, piece in updates:
             listener = self.listeners[choice]

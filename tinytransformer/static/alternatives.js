@@ -123,6 +123,6 @@ function recalledFact(page, truth) {
     starts.findLastIndex((start) => start <= begin + letter),
   );
   const names = tokens.map((at) => `“${visible(tokenizer.show(text.ids[at]))}” (token ${at})`);
-  const words = `Here a fact is recalled, the ${found.name.replaceAll("_", " ")} “${found.words}”: the token repeats ${names.join(" and ")}, underlined in the text.`;
+  const words = `Here the fact “${found.name}” is recalled, ${found.words}. The token repeats ${names.join(" and ")}, underlined in the text.`;
   return { tokens, words };
 }

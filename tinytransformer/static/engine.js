@@ -251,9 +251,10 @@ export class Transformer {
 
   /**
    * Read one more token, and give the logits (V) for the one after it. `off` has "layer.head" of
-   * each head that is switched off. What is computed on the way is put into `trace`, if given.
+   * each head that is switched off, and `patch` maps it to the vector (D) that is put in place of what
+   * a head computes here. What is computed on the way is put into `trace`, if given.
    */
-  read(id, cache, { off = new Set(), trace = null } = {}) {
+  read(id, cache, { off = new Set(), patch = new Map(), trace = null } = {}) {
     const { embed_dim: C, num_layers: layers, seq_len: most } = this.config;
     const position = cache.keys[0].length;
     if (position >= most) throw new Error(`the context of ${most} tokens is full`);
@@ -268,7 +269,7 @@ export class Transformer {
         layer,
         this.#norm(`blocks.${layer}.norm1`, x),
         cache,
-        off,
+        { off, patch },
         seen,
       );
       const middle = add(x, attended);
@@ -283,11 +284,20 @@ export class Transformer {
   }
 
   #project(normed) {
-    const name = this.config.tie_weights ? "embeddings.token" : "head";
-    return linear(this.#part(name)[0], null, normed);
+    return linear(this.headMatrix, null, normed);
   }
 
-  #attend(layer, normed, cache, off, seen) {
+  /** The output matrix (V, C), row by row. */
+  get headMatrix() {
+    return this.#part(this.config.tie_weights ? "embeddings.token" : "head")[0];
+  }
+
+  /** The logits (V) that a vector (C) of the residual stream has, if no block is left. */
+  logitsOf(x) {
+    return this.#project(this.#norm("norm", x));
+  }
+
+  #attend(layer, normed, cache, { off, patch }, seen) {
     const { embed_dim: C, num_heads: H, positions } = this.config;
     const D = this.headDim;
     const qkv = this.#linear(`blocks.${layer}.attention.qkv`, normed);
@@ -311,6 +321,11 @@ export class Transformer {
       scores.push(Float64Array.from(keys, dot));
       weights.push(softmax(scores[head].map((score) => score / Math.sqrt(D))));
       if (off.has(`${layer}.${head}`)) continue;
+      const given = patch.get(`${layer}.${head}`);
+      if (given) {
+        heads.set(given, from);
+        continue;
+      }
       for (let s = 0; s < keys.length; s++)
         for (let i = from; i < to; i++) heads[i] += weights[head][s] * values[s][i];
     }
@@ -466,4 +481,13 @@ export class Text {
       throw new Error("the model's logits are not finite: its training has diverged");
     return this.logits;
   }
+}
+
+// --- what a page carries, as model_page.py packed it
+
+/** [model, tokenizer] out of the data of a page. */
+export async function readModel({ config, weights, shapes, dtype, tokenizer }) {
+  const tensors = readTensors(await unpack(weights), shapes, dtype);
+  const json = new TextDecoder().decode(await unpack(tokenizer));
+  return [new Transformer(config, tensors), new Tokenizer(JSON.parse(json))];
 }

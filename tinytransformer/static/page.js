@@ -10,22 +10,21 @@ import {
   drawToken,
   nextDistribution,
   randomNumbers,
-  readTensors,
+  readModel,
   SETTINGS,
   softmax,
   Text,
-  Tokenizer,
-  Transformer,
-  unpack,
 } from "engine";
+import { fitFrame } from "frame";
 import { TokenReader } from "grammar";
+import { panel as inside } from "inside";
 import { panel as map } from "map_panel";
 import { make, visible } from "parts";
 import { panel as walk } from "walk";
 
 const $ = (id) => document.getElementById(id);
 const LONGEST = 200; // tokens that one click on Write adds at most
-const PANELS = [walk, map];
+const PANELS = [walk, map, inside];
 
 // --- the state of the page
 
@@ -410,10 +409,7 @@ function makeExamples() {
 }
 
 async function start() {
-  const tensors = readTensors(await unpack(data.weights), data.shapes, data.dtype);
-  page.model = new Transformer(data.config, tensors);
-  const json = new TextDecoder().decode(await unpack(data.tokenizer));
-  page.tokenizer = new Tokenizer(JSON.parse(json));
+  [page.model, page.tokenizer] = await readModel(data);
   if (data.grammar) page.reader = new TokenReader(page.tokenizer, data.grammar);
   $("above").parentElement.hidden = !page.reader;
   $("app").hidden = false;
@@ -424,26 +420,6 @@ async function start() {
   $("prompt").value = data.prompt;
   guarded(readPrompt)();
   document.documentElement.dataset.ready = "true";
-}
-
-/** Inside a frame: be as tall as the content, so that nothing scrolls twice, and as light or dark
- * as the notebook or the site around it. */
-function fitFrame() {
-  const frame = window.frameElement;
-  if (!frame) return;
-  const fit = () => {
-    frame.style.height = `${document.documentElement.scrollHeight}px`;
-  };
-  new ResizeObserver(fit).observe(document.body);
-  const around = frame.ownerDocument.body;
-  const follow = () => {
-    const { jpThemeLight } = around.dataset;
-    const isDark = around.classList.contains("quarto-dark") || jpThemeLight === "false";
-    const isKnown = isDark || around.classList.contains("quarto-light") || jpThemeLight === "true";
-    document.documentElement.style.colorScheme = isKnown ? (isDark ? "dark" : "light") : "";
-  };
-  new MutationObserver(follow).observe(around, { attributes: true });
-  follow();
 }
 
 start().catch((error) => {

@@ -105,10 +105,18 @@ function highlight(drawing, step) {
 const written = (value) =>
   value === Number.NEGATIVE_INFINITY ? "−∞" : value.toFixed(3).replace("-", "−");
 
+const largest = (values) =>
+  values.reduce((a, b) => (Number.isFinite(b) ? Math.max(a, Math.abs(b)) : a), 1e-12);
+
+/** What a step draws; where vectors are added, all of them have the same scale of colours. */
+function drawNumbers(drawn, isSum) {
+  const all = largest(drawn.flatMap(({ values }) => values ?? []));
+  return drawn.map((d) => (d.rows ? drawBars(d) : drawStrip(d, isSum ? all : largest(d.values))));
+}
+
 /** Values as cells, whose numbers are shown under the pointer and, by the arrow keys, in focus. */
-function drawStrip({ title, values, names }) {
+function drawStrip({ title, values, names }, most) {
   const finite = values.filter(Number.isFinite);
-  const most = finite.reduce((a, b) => Math.max(a, Math.abs(b)), 1e-12);
   const range = `${written(Math.min(...finite))} to ${written(Math.max(...finite))}`;
   const out = make("span", { className: "soft", textContent: range });
   const cells = make("div", { className: "cells", tabIndex: 0 });
@@ -217,6 +225,7 @@ class Walk {
     host.addEventListener("keydown", (event) => this.key(event));
     window.addEventListener("hashchange", () => this.readAddress());
     this.readAddress();
+    if (stepInAddress()) host.parentElement.scrollIntoView();
   }
 
   build(host) {
@@ -306,7 +315,9 @@ class Walk {
     };
     for (const [key, names] of Object.entries(options)) {
       const select = this.selects[key];
-      select.replaceChildren(...names.map((name, i) => make("option", { value: i, text: name })));
+      if (select.names !== names.join("\n"))
+        select.replaceChildren(...names.map((text, i) => make("option", { value: i, text })));
+      select.names = names.join("\n");
       select.value = view[key];
     }
   }
@@ -336,7 +347,7 @@ class Walk {
     this.said.textContent = step.say(view, numbers);
     const formula = make("p", { className: "formula" });
     formula.innerHTML = typeof step.formula === "string" ? step.formula : step.formula(view);
-    const drawn = step.draw(view, numbers).map((d) => (d.rows ? drawBars(d) : drawStrip(d)));
+    const drawn = drawNumbers(step.draw(view, numbers), step.isSum);
     this.rest.replaceChildren(formula, ...drawn, chapterLink(step.chapter));
     highlight(this.drawing, step);
   }

@@ -1,5 +1,5 @@
 // The steps of the walk: for each its numbers, all taken from the engine's trace, what it says of
-// them in two sentences, its formula, and what it draws. `v` is what the reader follows: see walk.js.
+// them in two sentences, its formula, and what it draws (with one scale of colours where `isSum`). `v` is what the reader follows: see walk.js.
 import { nextDistribution, softmax } from "engine";
 import { percent, visible } from "parts";
 
@@ -72,6 +72,7 @@ const TO_HEAD = [
   {
     id: "position",
     title: "Where it stands",
+    isSum: true,
     part: "position",
     chapter: ["01_embeddings", "A vector for each position"],
     formula: "x = E[id] + P[position]",
@@ -151,6 +152,7 @@ const TO_HEAD = [
   {
     id: "scale",
     title: "Scaled",
+    isSum: true,
     part: "scores",
     chapter: ["02_attention", "Why the scores are scaled"],
     formula: "s = q · k / √D",
@@ -202,6 +204,7 @@ const TO_STREAM = [
   {
     id: "values",
     title: "A weighted sum of values",
+    isSum: true,
     part: "values",
     chapter: ["02_attention", "One query, by hand"],
     formula: "o = Σ w<sub>j</sub> v<sub>j</sub>",
@@ -238,6 +241,7 @@ const TO_STREAM = [
   {
     id: "residual",
     title: "Added to the residual stream",
+    isSum: true,
     part: "plus1",
     chapter: ["03_block", "The shortcut"],
     formula: "x ← x + a",

@@ -1,0 +1,43 @@
+"""What a model knew after each step that its training kept.
+
+OMP_NUM_THREADS=1 tinytransformer train --config tiny --train.keep_at '[0, 50, 100, 150, 200, 250,
+300, 350, 400, 420, 440, 460, 480, 500, 550, 600, 700, 800, 900, 1000, 1200, 1400, 1600]'
+python -m benchmarks.history runs/tiny          writes benchmarks/results/history.json
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from benchmarks import run
+from tinytransformer.files import write_whole
+from tinytransformer.history import learning_history
+from tinytransformer.runs import load_run
+
+RESULTS = Path(__file__).parent / "results" / "history.json"
+
+
+def rounded(value):
+    "The same with four digits after the point; what is no number stays as it is."
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", help="folder of a run of TinyWiki that was trained with keep_at")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [json.dumps(rounded(row)) for row in learning_history(load_run(given.run))]
+    write_whole(RESULTS, "[\n" + ",\n".join(rows) + "\n]\n")
+
+
+if __name__ == "__main__":
+    run(main)
