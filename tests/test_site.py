@@ -424,6 +424,9 @@ def test_nbdev_processes_every_page(project):
         assert opening.split(".")[0].split("](")[0][:60] in "".join(map(source, rest)), (
             f"{name} has lost its opening"
         )
+        # nbdev makes a link of a name in `code`; inside of another link it would be no link at all
+        doubled = re.findall(r"\[\[`.*?\)", "".join(map(source, rest)))
+        assert not doubled, f"{name} links a name that nbdev links by itself: {doubled}"
         shown = "".join(
             "".join(o.get("data", {}).get("text/markdown", []))
             for c in rest
