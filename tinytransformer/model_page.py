@@ -136,12 +136,13 @@ def recall_prompt() -> str:
 
 
 def describe_run(run: Run) -> str:
-    "What the page says of its model, in two sentences."
+    "What the page says of its model, to somebody who has only the page."
     parameters = count_parameters(run.model)
     context = run.model.cfg.seq_len
     return (
-        f"{parameters:,} parameters and a tokenizer, all in this page: it asks no server, and what"
-        f" you type stays here. The model sees at most {context} tokens."
+        f"A whole language model is in this page: {parameters:,} numbers, trained to say which token"
+        " comes next, where a token is a word or a piece of one. It asks no server, and what you type"
+        f" stays here. The model sees at most {context} tokens."
     )
 
 

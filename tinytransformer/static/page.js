@@ -25,7 +25,7 @@ import { panel as walk } from "walk";
 
 const $ = (id) => document.getElementById(id);
 const LONGEST = 200; // tokens that one click on Write adds at most
-const PANELS = [learned, walk, map, inside];
+const PANELS = [learned, map, walk, inside];
 
 // --- the state of the page
 
@@ -41,13 +41,15 @@ const page = {
   whole: null, // the same text with every head on; the same object if none is off
   before: [], // for each token the logits (V) that came before it
   off: new Set(), // "layer.head" of those that are switched off
+  sources: [], // the earlier tokens that the shown one repeats, if it is a recalled fact
   chosen: null, // index of the token that is shown; null: the next one
   running: false,
+  isPainted: false, // the first table is drawn with no truth, because the truth takes its time
   panels: [],
   wait: null, // the timer until the panels hear of a new text
   typing: null, // the timer that waits for the end of typing; null if nothing was typed
   settings,
-  truths: () => truths(page),
+  truths: () => (page.isPainted ? truths(page) : []),
   choose,
   take,
   read, // (ids): read these tokens as the prompt
@@ -157,9 +159,9 @@ function showText() {
 }
 
 function showAlternatives() {
-  const sources = listAlternatives($("token"), page);
+  page.sources = listAlternatives($("token"), page);
   for (const [i, node] of [...$("tokens").children].entries())
-    node.classList.toggle("source", sources.includes(i));
+    node.classList.toggle("source", page.sources.includes(i));
 }
 
 // --- what can be done with it
@@ -409,6 +411,14 @@ function makeExamples() {
   }
 }
 
+/** Wait until what there is has been drawn. A hidden tab draws nothing, so the wait is short. */
+function nextPaint() {
+  return new Promise((done) => {
+    requestAnimationFrame(() => setTimeout(done));
+    setTimeout(done, 200);
+  });
+}
+
 async function start() {
   [page.model, page.tokenizer] = await readModel(data);
   if (data.grammar) page.reader = new TokenReader(page.tokenizer, data.grammar);
@@ -420,6 +430,9 @@ async function start() {
   listen();
   $("prompt").value = data.prompt;
   guarded(readPrompt)();
+  await nextPaint();
+  page.isPainted = true;
+  if (page.reader) showAlternatives();
   document.documentElement.dataset.ready = "true";
 }
 
