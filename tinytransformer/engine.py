@@ -115,10 +115,11 @@ def sample_tokens(
     """What `draw_token` draws from `next_distribution`, without work on tokens that cannot come;
     and whether the choice is in doubt: whether logits that differ by up to `error` could change it.
     """
-    d = torch.zeros(len(logits), 1, dtype=torch.float64) if error is None else error
+    d = logits.new_zeros(len(logits), 1) if error is None else error
     d = d * max(cfg.repetition_penalty, 1 / cfg.repetition_penalty)
-    if cfg.repetition_penalty != 1 or counts is not None or cfg.logit_bias:
-        logits = apply_penalties(logits.double(), ids, cfg, counts)
+    if error is not None and (cfg.repetition_penalty != 1 or counts is not None or cfg.logit_bias):
+        logits = logits.double()
+    logits = apply_penalties(logits, ids, cfg, counts)
     if cfg.temperature < GREEDY_BELOW:
         best = logits.topk(2).values  # (B, 2)
         return logits.argmax(dim=-1), best[:, 0] - best[:, 1] <= 2 * d[:, 0]
@@ -126,7 +127,7 @@ def sample_tokens(
     if tokens is not None:
         logits = logits.gather(1, tokens)  # (B, K)
     cuts = [cut for cut, none in CUTS.items() if getattr(cfg, cut) != none]
-    if cuts:  # their running sums need more digits than float32 has
+    if cuts and error is not None:  # running sums need more digits than float32 has
         logits = logits.double()
     logits, d = logits / cfg.temperature, d / cfg.temperature
     doubt, d = (d > 1)[:, 0], d.clamp(max=1)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARTICLES', 'SEED', 'MATRIX_BITS', 'VECTOR_BITS', 'read_history', 'read_articles', 'measure', 'induction_scores',
-           'learning_history', 'forming_moment', 'quantize', 'pack_weights', 'unpack_weights', 'PackedHistory',
-           'pack_history', 'read_packed_history']
+           'learning_history', 'copying_head', 'forming_moment', 'quantize', 'pack_weights', 'unpack_weights',
+           'PackedHistory', 'pack_history', 'read_packed_history']
 
 # %% ../nbs/appendix/history.ipynb #b6767285
 import copy
@@ -113,6 +113,17 @@ def learning_history(run: Run) -> list[dict[str, Any]]:
         dict(step=step, **measure(model, texts), induction=induction_scores(model).tolist())
         for step, model in read_history(run)
     ]
+
+
+def copying_head(
+    rows: Sequence[dict[str, Any]],  # of `learning_history`
+) -> tuple[int, int]:  # its layer, and its number there
+    "The head that looks at the recalled fact most often in the end."
+    looks = rows[-1]["looks"]
+    return max(
+        ((layer, head) for layer, heads in enumerate(looks) for head in range(len(heads))),
+        key=lambda at: looks[at[0]][at[1]],
+    )
 
 
 def forming_moment(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATIC', 'pack_model', 'read_samples', 'module_url', 'module_names', 'ModelPage', 'make_page', 'example_prompts',
-           'recall_prompt', 'describe_run', 'model_page', 'article_page']
+           'recall_prompt', 'describe_run', 'pack_learning', 'model_page', 'article_page']
 
 # %% ../nbs/appendix/model_page.ipynb #4a2b321f
 import base64
@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from .attention_map import pack, script_json
 from .files import InputError, read_rows, write_whole
+from .history import copying_head, forming_moment, read_packed_history
 from .model import Transformer, count_parameters
 from .runs import Run, load_run
 from .tinywiki import WIKI, articles, certain_facts
@@ -149,12 +150,27 @@ def describe_run(run: Run) -> str:
     )
 
 
+def pack_learning(run: Run) -> dict[str, Any]:
+    "The run's `history.bin` as `static/history.js` takes it. `InputError` if it has none."
+    history = read_packed_history(run.folder)
+    head = copying_head(history.rows)
+    packed = {step: base64.b64encode(part).decode() for step, part in history.packed.items()}
+    return {
+        "shapes": history.shapes,
+        "packed": packed,
+        "rows": [{name: row[name] for name in row if name != "induction"} for row in history.rows],
+        "head": head,
+        "moment": forming_moment(history.rows, *head),
+    }
+
+
 def model_page(
     run: Run | str | Path,  # a run, or its folder, or "tiny"
     prompt: str | None = None,  # what stands in the page at first; default: a heading
+    history: bool = False,  # with a slider over earlier checkpoints, which are in `history.bin`
 ) -> ModelPage:
-    """A page in which the model of a run writes. `InputError` for a run that is not there, or
-    whose weights are not finite in 16 bits.
+    """A page in which the model of a run writes. `InputError` for a run that is not there, or has
+    no history where one is asked for, or whose weights are not finite in 16 bits.
     """
     if not isinstance(run, Run):
         run = load_run(run)
@@ -167,6 +183,8 @@ def model_page(
     if run.config["data"]["dataset"] == "tinywiki":
         data["grammar"] = WIKI  # so that the page knows the truth
         examples.append(recall_prompt())
+    if history:
+        data["history"] = pack_learning(run)
     sample = samples[0] if samples else ""
     page = make_page("page", title, data, ABOUT=describe_run(run), SAMPLE=sample)
     return ModelPage(page, title)

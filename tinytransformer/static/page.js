@@ -3,7 +3,7 @@
 // one file. What a model writes is only ever set as text, never as HTML.
 //
 // A panel is a part of the page in a module of its own, such as map_panel.js: {id, title, css,
-// isOpen, start}. `start(host, page)` fills its element, and gives the function that is called with
+// isOpen, isFor, start}. `isFor(data)` says whether this page has it; default: it has. `start(host, page)` fills its element, and gives the function that is called with
 // what changed. It reads `page` (below), and may call page.choose, page.read and page.useModel.
 import { listAlternatives, truths } from "alternatives";
 import {
@@ -17,6 +17,7 @@ import {
 } from "engine";
 import { fitFrame } from "frame";
 import { TokenReader } from "grammar";
+import { panel as learned } from "history";
 import { panel as inside } from "inside";
 import { panel as map } from "map_panel";
 import { make, visible } from "parts";
@@ -24,7 +25,7 @@ import { panel as walk } from "walk";
 
 const $ = (id) => document.getElementById(id);
 const LONGEST = 200; // tokens that one click on Write adds at most
-const PANELS = [map, walk, inside];
+const PANELS = [learned, map, walk, inside];
 
 // --- the state of the page
 
@@ -426,7 +427,7 @@ async function start() {
   $("app").hidden = false;
   makeHeads();
   makeExamples();
-  for (const panel of PANELS) addPanel(panel);
+  for (const panel of PANELS) if (panel.isFor?.(data) ?? true) addPanel(panel);
   listen();
   $("prompt").value = data.prompt;
   guarded(readPrompt)();
