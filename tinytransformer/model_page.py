@@ -88,7 +88,11 @@ class ModelPage:
     height: str = "60rem"  # of the frame, until its content has been measured
 
     def _repr_html_(self) -> str:
+        # a notebook that is not trusted is shown without styles and frames, so the words remain
         return (
+            "<style>.model-page-words { display: none }</style>"
+            f'<p class="model-page-words">{html.escape(self.title)}: a page in which a model writes.'
+            " Run this cell to see it.</p>"
             f'<iframe title="{html.escape(self.title)}" srcdoc="{html.escape(self.html)}"'
             f' style="width:100%;height:{self.height};border:0" loading="lazy"></iframe>'
         )

@@ -41,6 +41,7 @@ const page = {
   whole: null, // the same text with every head on; the same object if none is off
   before: [], // for each token the logits (V) that came before it
   off: new Set(), // "layer.head" of those that are switched off
+  known: null, // the truths about the text, as alternatives.js keeps them
   sources: [], // the earlier tokens that the shown one repeats, if it is a recalled fact
   chosen: null, // index of the token that is shown; null: the next one
   running: false,
