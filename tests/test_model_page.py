@@ -104,7 +104,7 @@ def random_texts(n: int) -> list[str]:
 
 def test_tokens_are_those_of_the_tokenizer(run_in_page, tiny):
     evaluate = run_in_page(tiny.model, tiny.tokenizer)
-    texts = ["", " ", "  a", "don't", " = The", "’s 's", "\r\n\r\n x", *random_texts(2000)]
+    texts = ["", " ", "  a", "don't", " = The", "’s 's", "\r\n\r\n x", *random_texts(500)]
     found = evaluate("(texts) => texts.map((text) => tokenizer.encode(text))", texts)
     assert found == [encode_prompt(tiny.tokenizer, text) for text in texts]
     decoded = evaluate("(rows) => rows.map((ids) => tokenizer.decode(ids))", found)
@@ -114,8 +114,8 @@ def test_tokens_are_those_of_the_tokenizer(run_in_page, tiny):
 def test_random_tokens_decode_as_in_python(run_in_page, tiny):
     evaluate = run_in_page(tiny.model, tiny.tokenizer)
     rng = random.Random(1)
-    rows = [[rng.randrange(tiny.model.cfg.vocab_size) for _ in range(12)] for _ in range(500)]
-    rows += [[rng.randrange(256) for _ in range(12)] for _ in range(500)]  # single bytes
+    rows = [[rng.randrange(tiny.model.cfg.vocab_size) for _ in range(12)] for _ in range(250)]
+    rows += [[rng.randrange(256) for _ in range(12)] for _ in range(250)]  # single bytes
     found = evaluate("(rows) => rows.map((ids) => tokenizer.decode(ids))", rows)
     assert found == [tiny.tokenizer.decode(ids) for ids in rows]
 
@@ -189,7 +189,7 @@ def test_distribution_is_that_of_chapter_06(run_in_page, tiny):
     evaluate = run_in_page(tiny.model, tiny.tokenizer)
     rng = random.Random(2)
     torch.manual_seed(2)
-    for _ in range(60):
+    for _ in range(30):
         settings = dict(
             temperature=rng.choice([0, 0.3, 1, 1.7]),
             top_k=rng.choice([0, 1, 5, 50]),
@@ -276,7 +276,7 @@ def put_grammar(evaluate) -> None:
 def test_the_truth_is_that_of_the_answer_key(run_in_page, tiny):
     evaluate = run_in_page(tiny.model, tiny.tokenizer)
     put_grammar(evaluate)
-    for article in itertools.islice(articles(5), 6):
+    for article in itertools.islice(articles(5), 3):
         expected = [
             answer.probabilities for answer in TokenReader(tiny.tokenizer).read(article.text)
         ]
@@ -471,9 +471,9 @@ def test_the_map_shows_the_weights(open_page, tiny, rounded):
     "prompt, said",
     [
         ("", "The prompt is empty"),
-        ("the" * 33_000, "the model sees at most 192: it reads the last 192"),
+        pytest.param("the" * 33_000, "it reads the last 192", marks=pytest.mark.slow),
         ("x" * 100_000, "the model sees at most 192: it reads the last 192"),
-        (" = \U0001f600 = \n", None),
+        pytest.param(" = \U0001f600 = \n", None, marks=pytest.mark.slow),
         ("\u0634\u0645\u0633 \u05e9\u05de\u05e9", None),
         ("</script><b>bold</b><!--", None),
     ],
@@ -600,14 +600,17 @@ def numbers_of_walk(
     for hook in hooks:
         hook.remove()
     block = f"blocks.{layer}"
+    rotary = model.cfg.positions == "rotary"
     D = model.cfg.head_dim
     own = slice(head * D, (head + 1) * D)
     q, k, v = (part[:, own] for part in seen[f"{block}.attention.qkv"][0].chunk(3, dim=-1))
+    if rotary:
+        q, k = (variants.rotate(x[None, None], torch.arange(len(ids)))[0, 0] for x in (q, k))
     scores = q[t] @ k[: t + 1].T
     x = seen[f"{block}.norm1 in"][0, t]
     attended = seen[f"{block}.attention.proj"][0, t]
     fed, middle = seen[f"{block}.ffn"][0, t], seen[f"{block}.norm2 in"][0, t]
-    inner = seen[f"{block}.ffn.2 in"][0, t]
+    inner = seen[f"{block}.ffn.{'down' if model.cfg.activation == 'swiglu' else '2'} in"][0, t]
     token = model.embeddings.token.weight[ids[t]]
     hidden = torch.full((len(ids) - t - 1,), -torch.inf)
     heads = seen[f"{block}.attention.proj in"][0, t]
@@ -615,7 +618,7 @@ def numbers_of_walk(
         "embedding": {"token": token},
         "position": {
             "token": token,
-            "position": model.embeddings.position.weight[t],
+            "position": None if rotary else model.embeddings.position.weight[t],
             "x": seen["blocks.0.norm1 in"][0, t],
         },
         "norm": {"x": x, "normed": seen[f"{block}.norm1"][0, t]},
@@ -651,8 +654,18 @@ def numbers_of_walk(
     }
 
 
-def open_walk(open_page, prompt: str, t: int, layer: int, head: int) -> Page:
-    page = open_page()
+def assert_same_numbers(found: dict, expected: dict) -> None:
+    for step, parts in expected.items():
+        assert set(found[step]) == set(parts)
+        for name, values in parts.items():
+            if values is None:
+                assert found[step][name] is None
+                continue
+            value = torch.tensor(found[step][name], dtype=torch.float64)
+            assert_close(value, values.double(), rtol=1e-5, atol=1e-4, msg=f"{step}: {name}")
+
+
+def open_walk(page: Page, prompt: str, t: int, layer: int, head: int) -> Page:
     give_prompt(page, prompt)
     page.locator("#walk-details > summary").click()
     page.locator("#walk-details[data-ready]").wait_for()
@@ -668,15 +681,11 @@ def test_the_walk_shows_the_numbers_of_pytorch(open_page, tiny, rounded):
     prompt = " Holt " + "".join(tiny.tokenizer.decode([i]) for i in ids if i < 95) + " was a"
     ids = encode_prompt(tiny.tokenizer, prompt)
     t, layer, head = len(ids) - 2, 1, 2
-    page = open_walk(open_page, prompt, t, layer, head)
+    page = open_walk(open_page(), prompt, t, layer, head)
     found = page.evaluate(STEPS)
     assert len(found) == page.evaluate("document.getElementById('walk').walk.steps.length") == 18
     assert found["id"] == {"id": ids[t], "position": t}
-    for step, parts in numbers_of_walk(rounded, ids, t, layer, head).items():
-        assert set(found[step]) == set(parts)
-        for name, expected in parts.items():
-            value = torch.tensor(found[step][name], dtype=torch.float64)
-            assert_close(value, expected.double(), rtol=1e-5, atol=1e-4, msg=f"{step}: {name}")
+    assert_same_numbers(found, numbers_of_walk(rounded, ids, t, layer, head))
     numbers = {
         step: {name: torch.tensor(x, dtype=torch.float64) for name, x in parts.items()}
         for step, parts in found.items()
@@ -738,14 +747,22 @@ def test_the_walk_goes_by_keys_links_and_buttons(open_page, saved):
     [{"activation": "gelu"}, {"norm": "rms", "positions": "rotary", "activation": "swiglu"}],
 )
 def test_the_walk_knows_every_kind_of_part(open_page, tiny, tmp_path, parts):
-    "Each step has its sentences and its numbers, with no error."
-    cfg = ModelConfig(vocab_size=1024, seq_len=24, embed_dim=16, num_heads=2, num_layers=1, **parts)
+    "Each step has its sentences, and the numbers of PyTorch."
+    torch.manual_seed(0)
+    shape = {"seq_len": 24, "embed_dim": 16, "num_heads": 2, "num_layers": 2, "init_std": 0.2}
     run = copy.copy(tiny)
-    run.model = Transformer(cfg).eval()
+    run.model = Transformer(ModelConfig(vocab_size=1024, **(shape | parts))).eval()
+    for parameter in run.model.parameters():  # rounded to what a page carries
+        parameter.data = (parameter + 0.1 * torch.randn_like(parameter)).half().float()
     model_page(run).save(tmp_path / "other.html")
-    page = open_page(tmp_path / "other.html")
-    page.locator("#walk-details > summary").click()
-    page.locator("#walk-details[data-ready]").wait_for()
+    prompt = " = Greta Holt = \n Greta Holt was"
+    ids = encode_prompt(tiny.tokenizer, prompt)
+    page = open_walk(open_page(tmp_path / "other.html"), prompt, t=len(ids) - 3, layer=1, head=1)
+    assert_same_numbers(
+        page.evaluate(STEPS), numbers_of_walk(run.model, ids, t=len(ids) - 3, layer=1, head=1)
+    )
+    drawn = page.locator("#walk svg [data-part=position]").text_content()
+    assert drawn == ("rotary position" if "positions" in parts else "position table")
     said = page.evaluate(
         """() => {
           const { walk } = document.getElementById("walk");
@@ -758,6 +775,34 @@ def test_the_walk_knows_every_kind_of_part(open_page, tiny, tmp_path, parts):
     assert len(said) == 18 and not any("NaN" in text or "undefined" in text for text in said)
     assert ("rotary positions" in said[2]) == ("positions" in parts)
     assert {"gelu": "GELU", "swiglu": "SwiGLU"}[parts["activation"]] in said[12]
+
+
+def test_the_walk_plays_to_its_end(open_page):
+    "More slowly for somebody who wants less motion; and the cells of a vector answer to keys."
+    page = open_page(reduced_motion="reduce")
+    page.clock.install()
+    page.evaluate("location.hash = 'step=draw'")
+    heading = page.locator("#walk h3")
+    expect(heading).to_contain_text("18 of 18")
+    page.get_by_role("button", name="Play").click()
+    expect(heading).to_contain_text("1 of 18")
+    page.clock.run_for(5000)
+    expect(heading).to_contain_text("1 of 18")
+    page.clock.run_for(2000)
+    expect(heading).to_contain_text("2 of 18")
+    cells = page.locator("#walk .cells").first
+    cells.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#walk .label").first).to_contain_text("[1]")
+    expect(heading).to_contain_text("2 of 18")
+    page.clock.run_for(17 * 6750)
+    expect(heading).to_contain_text("18 of 18")
+    expect(page.get_by_role("button", name="Play")).to_be_visible()
+    page.emulate_media(reduced_motion="no-preference")
+    page.get_by_role("button", name="Play").click()
+    page.clock.run_for(5000)
+    expect(heading).to_contain_text("2 of 18")
 
 
 def test_the_walk_leads_to_headings_that_are_there():
@@ -781,6 +826,7 @@ def test_a_recalled_fact_is_marked_and_shading_follows_the_truth(open_page, tiny
     expect(page.locator("#token")).to_contain_text(f"Here the fact “{name}” is recalled")
     marked = page.locator("#tokens .source").evaluate_all("nodes => nodes.map(({ id }) => id)")
     assert marked == [f"token-{at}" for at in sorted(set(sources))]
+    expect(page.locator("#map [role=status]").first).to_contain_text(f"(token {sources[0]})")
     backgrounds = "() => [...document.querySelectorAll('#tokens span')].map((n) => n.rare)"
     plain = page.evaluate(backgrounds)
     page.get_by_label("its surprise above the truth").check()

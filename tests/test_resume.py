@@ -424,7 +424,7 @@ def test_auto(start, runs, held, tmp_path):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ("--train.learning_rate 0.1", "begun with train.learning_rate 0.01, not 0.1"),
+        ("--train.learning_rate 0.1", "started with train.learning_rate 0.01, not 0.1"),
         ("--train.batch_size 8", "train.batch_size 12, not 8"),
         ("--model.num_layers 2", "model.num_layers 1, not 2"),
         ("--data.articles 70", "data.articles 20, not 70"),
@@ -440,7 +440,7 @@ def test_resume_with_other_settings(half, change, said):
 def test_resume_for_longer(half):
     main(["train", "--resume", "runs/half", "--train.max_steps", "70", "--train.eval_every", "20"])
     assert steps(half) == 70 and json.loads((half / "summary.json").read_text())["steps"] == 70
-    assert "complete after 70 steps, nothing is left to do" in refusal(
+    assert "complete after 70 steps, so nothing is left to do" in refusal(
         "train", "--resume", "runs/half"
     )
     # both starts are on record
@@ -481,7 +481,7 @@ def test_edited_config(half):
     file = half / "config.yaml"
     file.write_text(file.read_text().replace("learning_rate: 0.01\n", "learning_rate: 0.02\n"))
     before = contents(half)
-    assert "begun with train.learning_rate 0.01, not 0.02" in refusal(
+    assert "started with train.learning_rate 0.01, not 0.02" in refusal(
         "train", "--resume", "runs/half"
     )
     text = file.read_text().replace("learning_rate: 0.02\n", "learning_rate: 0.01\n")

@@ -240,6 +240,12 @@ def add_page_options(parser: ArgumentParser) -> None:
         type=str | None,
         help="the prompt that the page shows first; default: the title of an article, or ' = The'",
     )
+    parser.add_argument(
+        "--history",
+        type=bool,
+        default=False,
+        help="add a slider over the training's earlier checkpoints, as in RUN/history.bin",
+    )
 
 
 def add_runs_options(parser: ArgumentParser) -> None:
@@ -267,7 +273,7 @@ OPTIONS = dict(  # command -> its usage, and the function that adds its options
     generate=("RUN PROMPT [--FIELD VALUE ...]", add_generate_options),
     compare=("RUN PROMPT [--FIELD VALUE ...]", add_generate_options),
     export=("RUN DIR", add_export_options),
-    page=("RUN FILE [--prompt TEXT]", add_page_options),
+    page=("RUN FILE [--prompt TEXT] [--history true]", add_page_options),
     runs=("[FOLDER] [--plot FILE]", add_runs_options),
     serve=("RUN [--config FILE] [--FIELD VALUE ...]", add_serve_options),
 )
@@ -711,7 +717,7 @@ def page_command(cfg: Namespace) -> None:
     file = Path(cfg.FILE).expanduser()
     if file.exists():
         raise InputError(f"{file} is there already: give the name of a new file")
-    page = model_page(load_run(cfg.RUN), cfg.prompt)
+    page = model_page(load_run(cfg.RUN), cfg.prompt, cfg.history)
     page.save(file)
     print(f"{file} holds the model, {file.stat().st_size / 1e6:.2f} MB: open it in a browser")
 

@@ -117,23 +117,26 @@ def sample_tokens(
     """
     d = logits.new_zeros(len(logits), 1) if error is None else error
     d = d * max(cfg.repetition_penalty, 1 / cfg.repetition_penalty)
+    if error is not None and (cfg.repetition_penalty != 1 or counts is not None or cfg.logit_bias):
+        logits = logits.double()
     logits = apply_penalties(logits, ids, cfg, counts)
     if cfg.temperature < GREEDY_BELOW:
         best = logits.topk(2).values  # (B, 2)
         return logits.argmax(dim=-1), best[:, 0] - best[:, 1] <= 2 * d[:, 0]
-    logits, d = logits / cfg.temperature, d / cfg.temperature
-    doubt, d = (d > 1)[:, 0], d.clamp(max=1)
     tokens = candidates(logits, cfg.top_k)
     if tokens is not None:
         logits = logits.gather(1, tokens)  # (B, K)
-    if error is None:
-        logits = truncate_logits(logits, cfg)
-    for cut in CUTS if error is not None else ():
+    cuts = [cut for cut, none in CUTS.items() if getattr(cfg, cut) != none]
+    if cuts and error is not None:  # running sums need more digits than float32 has
+        logits = logits.double()
+    logits, d = logits / cfg.temperature, d / cfg.temperature
+    doubt, d = (d > 1)[:, 0], d.clamp(max=1)
+    for cut in cuts:
         value = getattr(cfg, cut)
-        if value != CUTS[cut]:
-            kept = truncate_logits(logits, SampleConfig(**{cut: value}))
+        kept = truncate_logits(logits, SampleConfig(**{cut: value}))
+        if error is not None:
             doubt = doubt | cut_in_doubt(cut, value, logits, kept, d)
-            logits = kept
+        logits = kept
     positions, lowest, highest = invert(logits.softmax(dim=-1), u, d)
     doubt = doubt | (lowest != highest).to(doubt.device)
     positions = positions.to(logits.device)
@@ -445,7 +448,7 @@ def error_bound(
     logits: torch.Tensor,  # (B, V) in float32
 ) -> torch.Tensor:  # (B, 1) in float64
     "How far logits that were computed in float32 may be from the exact ones."
-    return ROUNDINGS * 2.0**-24 * logits.double().abs().amax(dim=-1, keepdim=True)
+    return ROUNDINGS * 2.0**-24 * logits.abs().amax(dim=-1, keepdim=True).double()
 
 
 def is_plain_float32(model: Transformer) -> bool:
@@ -606,7 +609,7 @@ class Batch:
         if not (self.is_plain and torch.get_float32_matmul_precision() == "highest"):
             return sample_tokens(logits, ids, cfg, u, counts)[0].tolist()
         bound = error_bound(logits)
-        drawn, in_doubt = sample_tokens(logits.double(), ids, cfg, u, counts, bound)
+        drawn, in_doubt = sample_tokens(logits, ids, cfg, u, counts, bound)
         for i in in_doubt.nonzero()[:, 0].tolist():
             exact, one = self.exact_logits(rows[i]), slice(i, i + 1)
             own_counts = None if counts is None else counts[one]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATIC', 'pack_model', 'read_samples', 'module_url', 'module_names', 'ModelPage', 'make_page', 'example_prompts',
-           'recall_prompt', 'describe_run', 'model_page', 'article_page']
+           'recall_prompt', 'describe_run', 'pack_learning', 'model_page', 'article_page']
 
 # %% ../nbs/appendix/model_page.ipynb #4a2b321f
 import base64
@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from .attention_map import pack, script_json
 from .files import InputError, read_rows, write_whole
+from .history import copying_head, forming_moment, read_packed_history
 from .model import Transformer, count_parameters
 from .runs import Run, load_run
 from .tinywiki import WIKI, articles, certain_facts
@@ -87,7 +88,11 @@ class ModelPage:
     height: str = "60rem"  # of the frame, until its content has been measured
 
     def _repr_html_(self) -> str:
+        # a notebook that is not trusted is shown without styles and frames, so the words remain
         return (
+            "<style>.model-page-words { display: none }</style>"
+            f'<p class="model-page-words">{html.escape(self.title)}: a page in which a model writes.'
+            " Run this cell to see it.</p>"
             f'<iframe title="{html.escape(self.title)}" srcdoc="{html.escape(self.html)}"'
             f' style="width:100%;height:{self.height};border:0" loading="lazy"></iframe>'
         )
@@ -135,21 +140,37 @@ def recall_prompt() -> str:
 
 
 def describe_run(run: Run) -> str:
-    "What the page says of its model, in two sentences."
+    "What the page says of its model, to somebody who has only the page."
     parameters = count_parameters(run.model)
     context = run.model.cfg.seq_len
     return (
-        f"{parameters:,} parameters and a tokenizer, all in this page: it asks no server, and what"
-        f" you type stays here. The model sees at most {context} tokens."
+        f"A whole language model is in this page: {parameters:,} numbers, trained to say which token"
+        " comes next, where a token is a word or a piece of one. It asks no server, and what you type"
+        f" stays here. The model sees at most {context} tokens."
     )
+
+
+def pack_learning(run: Run) -> dict[str, Any]:
+    "The run's `history.bin` as `static/history.js` takes it. `InputError` if it has none."
+    history = read_packed_history(run.folder)
+    head = copying_head(history.rows)
+    packed = {step: base64.b64encode(part).decode() for step, part in history.packed.items()}
+    return {
+        "shapes": history.shapes,
+        "packed": packed,
+        "rows": [{name: row[name] for name in row if name != "induction"} for row in history.rows],
+        "head": head,
+        "moment": forming_moment(history.rows, *head),
+    }
 
 
 def model_page(
     run: Run | str | Path,  # a run, or its folder, or "tiny"
     prompt: str | None = None,  # what stands in the page at first; default: a heading
+    history: bool = False,  # with a slider over earlier checkpoints, which are in `history.bin`
 ) -> ModelPage:
-    """A page in which the model of a run writes. `InputError` for a run that is not there, or
-    whose weights are not finite in 16 bits.
+    """A page in which the model of a run writes. `InputError` for a run that is not there, or has
+    no history where one is asked for, or whose weights are not finite in 16 bits.
     """
     if not isinstance(run, Run):
         run = load_run(run)
@@ -162,6 +183,8 @@ def model_page(
     if run.config["data"]["dataset"] == "tinywiki":
         data["grammar"] = WIKI  # so that the page knows the truth
         examples.append(recall_prompt())
+    if history:
+        data["history"] = pack_learning(run)
     sample = samples[0] if samples else ""
     page = make_page("page", title, data, ABOUT=describe_run(run), SAMPLE=sample)
     return ModelPage(page, title)

@@ -15,6 +15,13 @@ function headings(text) {
  * none that the grammar could have written. The truth about an article begins with its heading. */
 export function truths(page) {
   if (!page.reader || page.running) return [];
+  const { text, known } = page;
+  if (known?.text !== text || known.length !== text.ids.length)
+    page.known = { text, length: text.ids.length, truths: readTruths(page) };
+  return page.known.truths;
+}
+
+function readTruths(page) {
   const text = page.tokenizer.decode(page.text.ids);
   const starts = headings(text);
   const found = starts.flatMap((start, i) => {

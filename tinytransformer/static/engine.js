@@ -4,7 +4,12 @@
 
 // --- reading what a page carries
 
-const base64Bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+function base64Bytes(text) {
+  const letters = atob(text);
+  const bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = letters.charCodeAt(i);
+  return bytes;
+}
 
 /** Deflated bytes in base64, as Python's zlib wrote them. */
 export async function unpack(text) {
@@ -13,6 +18,8 @@ export async function unpack(text) {
   return new Uint8Array(await new Response(inflated).arrayBuffer());
 }
 
+const SCALES = Float64Array.from({ length: 31 }, (_, exponent) => 2 ** (exponent - 25));
+
 /** The value of a 16-bit float (IEEE 754 binary16), given its bits. */
 function halfValue(bits) {
   const sign = bits & 0x8000 ? -1 : 1;
@@ -20,7 +27,7 @@ function halfValue(bits) {
   const fraction = bits & 1023;
   if (exponent === 0) return sign * fraction * 2 ** -24;
   if (exponent === 31) return fraction ? Number.NaN : sign * Number.POSITIVE_INFINITY;
-  return sign * (1024 + fraction) * 2 ** (exponent - 25);
+  return sign * (1024 + fraction) * SCALES[exponent];
 }
 
 /** Bytes of one tensor after another to {name: Float32Array}. `dtype` is "float16" or "float32". */

@@ -91,7 +91,8 @@ const css = `
 #inside .bars { width: 100% }
 #inside .bars td:last-child { width: 60%; min-width: 6rem; padding-right: 0 }
 #inside .patch th { vertical-align: bottom }
-#inside .bars th, #inside .lens th { text-align: left; font-weight: normal }
+#inside .bars th, #inside .lens th { text-align: left; font-weight: normal; white-space: nowrap }
+@media (max-width: 47.99rem) { #inside .lens, #inside .bars { font-size: .85rem } #inside :is(.lens, .bars) :is(th, td) { padding-right: .6rem } }
 #inside .lens td { white-space: pre }
 #inside .lens .right { font-weight: 700; outline: 2px solid var(--blue); border-radius: 3px }
 #inside .signed { position: relative; height: .7rem; background: linear-gradient(var(--line), var(--line)) 50% / 1px 100% no-repeat }
@@ -307,17 +308,17 @@ function start(host, page) {
     what,
     make("h3", { textContent: "What would it say after each layer?" }),
     paragraph(
-      "The final norm and the output matrix, applied to the residual stream early (the logit lens).",
+      "The logit lens: what the model would answer if it stopped there. The final norm and the output matrix are applied early, so the numbers before the end are only hints.",
     ),
     lens,
     make("h3", { textContent: "Which part speaks for this token?" }),
     paragraph(
-      "What each part of the model adds directly to the logit, compared with the strongest rival.",
+      "What each part of the model adds to the logit of this token, compared with its strongest rival: blue speaks for it, orange against it.",
     ),
     shares,
     make("h3", { textContent: "What if a head had read another text?" }),
     paragraph(
-      "The output of one head comes from the second text. If the answer changes to that of the second text, this head carries the difference.",
+      "Here the output of one head is taken from a second text. If the answer then becomes that of the second text, this head carries the fact in which they differ.",
     ),
     form,
   );

@@ -3,7 +3,7 @@
 // one file. What a model writes is only ever set as text, never as HTML.
 //
 // A panel is a part of the page in a module of its own, such as map_panel.js: {id, title, css,
-// isOpen, start}. `start(host, page)` fills its element, and gives the function that is called with
+// isOpen, isFor, start}. `isFor(data)` says whether this page has it; default: it has. `start(host, page)` fills its element, and gives the function that is called with
 // what changed. It reads `page` (below), and may call page.choose, page.read and page.useModel.
 import { listAlternatives, truths } from "alternatives";
 import {
@@ -17,6 +17,7 @@ import {
 } from "engine";
 import { fitFrame } from "frame";
 import { TokenReader } from "grammar";
+import { panel as learned } from "history";
 import { panel as inside } from "inside";
 import { panel as map } from "map_panel";
 import { make, visible } from "parts";
@@ -24,7 +25,7 @@ import { panel as walk } from "walk";
 
 const $ = (id) => document.getElementById(id);
 const LONGEST = 200; // tokens that one click on Write adds at most
-const PANELS = [walk, map, inside];
+const PANELS = [learned, map, walk, inside];
 
 // --- the state of the page
 
@@ -40,13 +41,16 @@ const page = {
   whole: null, // the same text with every head on; the same object if none is off
   before: [], // for each token the logits (V) that came before it
   off: new Set(), // "layer.head" of those that are switched off
+  known: null, // the truths about the text, as alternatives.js keeps them
+  sources: [], // the earlier tokens that the shown one repeats, if it is a recalled fact
   chosen: null, // index of the token that is shown; null: the next one
   running: false,
+  isPainted: false, // the first table is drawn with no truth, because the truth takes its time
   panels: [],
   wait: null, // the timer until the panels hear of a new text
   typing: null, // the timer that waits for the end of typing; null if nothing was typed
   settings,
-  truths: () => truths(page),
+  truths: () => (page.isPainted ? truths(page) : []),
   choose,
   take,
   read, // (ids): read these tokens as the prompt
@@ -156,9 +160,9 @@ function showText() {
 }
 
 function showAlternatives() {
-  const sources = listAlternatives($("token"), page);
+  page.sources = listAlternatives($("token"), page);
   for (const [i, node] of [...$("tokens").children].entries())
-    node.classList.toggle("source", sources.includes(i));
+    node.classList.toggle("source", page.sources.includes(i));
 }
 
 // --- what can be done with it
@@ -408,6 +412,14 @@ function makeExamples() {
   }
 }
 
+/** Wait until what there is has been drawn. A hidden tab draws nothing, so the wait is short. */
+function nextPaint() {
+  return new Promise((done) => {
+    requestAnimationFrame(() => setTimeout(done));
+    setTimeout(done, 200);
+  });
+}
+
 async function start() {
   [page.model, page.tokenizer] = await readModel(data);
   if (data.grammar) page.reader = new TokenReader(page.tokenizer, data.grammar);
@@ -415,10 +427,13 @@ async function start() {
   $("app").hidden = false;
   makeHeads();
   makeExamples();
-  for (const panel of PANELS) addPanel(panel);
+  for (const panel of PANELS) if (panel.isFor?.(data) ?? true) addPanel(panel);
   listen();
   $("prompt").value = data.prompt;
   guarded(readPrompt)();
+  await nextPaint();
+  page.isPainted = true;
+  if (page.reader) showAlternatives();
   document.documentElement.dataset.ready = "true";
 }
 

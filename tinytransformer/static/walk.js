@@ -27,12 +27,13 @@ const css = `
 #walk svg .now rect { fill: var(--blue); stroke: var(--blue) }
 #walk svg .now text { fill: var(--on-blue); font-weight: 600 }
 #walk svg g.part { cursor: pointer }
-#walk .step { background: var(--card); border-radius: 6px; padding: .75rem 1rem; min-height: 26rem; min-width: 0 }
+#walk .step { background: var(--card); border-radius: 6px; padding: .75rem 1rem; min-height: 27rem; min-width: 0 }
 #walk .step h3 { font-size: 1.1rem; margin: 0 0 .25rem }
 #walk .step h3 a { color: inherit; text-decoration-color: var(--line) }
 #walk .formula { font-family: ui-serif, Georgia, serif; font-size: 1.1rem; font-style: italic; margin: .5rem 0 }
 #walk .strip { margin: .5rem 0 }
 #walk .cells { display: grid; grid-template-columns: repeat(auto-fill, minmax(.62rem, 1fr)); gap: 1px; border-radius: 3px }
+#walk .cells.few { grid-template-columns: repeat(auto-fill, minmax(1.2rem, 1fr)) }
 #walk .cells i { height: 1rem; background: color-mix(in srgb, var(--tone) var(--much), var(--paper)); border-radius: 1px }
 #walk .cells i.hidden { background: repeating-linear-gradient(45deg, var(--line) 0 1px, transparent 1px 4px) }
 #walk .cells i.at { outline: 2px solid var(--focus) }
@@ -64,9 +65,11 @@ const PARTS = [
   ["drawn", "next token", 10, 500, 90],
 ];
 const WIRES = [
-  "M55 28V42M55 66V106M116 72H55M55 124H80M150 136V142M150 166V172M150 196V202M150 226V232",
-  "M150 256V262M150 286V302H67M55 334H80M150 346V354H55M55 428V436M55 460V468M55 492V500",
+  "M55 28V42M55 66V106M55 124H80M150 136V142M150 166V172M150 196V202M150 226V232M150 256V262",
+  "M150 286V302H67M55 334H80M150 346V354H55M55 428V436M55 460V468M55 492V500",
 ];
+const ADDED = "M116 72H55"; // the position, to the embedding
+const ROTATED = "M224 72H240V154H220"; // rotary positions: to the queries and keys
 
 function svg(tag, attributes = {}, text = "") {
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -75,12 +78,13 @@ function svg(tag, attributes = {}, text = "") {
   return node;
 }
 
-function drawModel(go) {
-  const drawing = svg("svg", { viewBox: "0 0 232 530", role: "img" });
-  drawing.append(svg("path", { d: WIRES.join("") }));
+function drawModel(go, isRotary) {
+  const drawing = svg("svg", { viewBox: "0 0 244 530", role: "img" });
+  drawing.append(svg("path", { d: WIRES.join("") + (isRotary ? ROTATED : ADDED) }));
   drawing.append(svg("path", { class: "stream", d: "M55 76V404" }));
   drawing.append(svg("rect", { class: "frame", x: 30, y: 96, width: 198, height: 296, rx: 8 }));
-  for (const [part, words, x, y, width] of PARTS) {
+  for (const [part, usual, x, y, width] of PARTS) {
+    const words = isRotary && part === "position" ? "rotary position" : usual;
     const group = svg("g", { class: "part", "data-part": part });
     group.append(svg("rect", { x, y, width, height: 24, rx: 6 }));
     group.append(svg("text", { x: x + width / 2, y: y + 16, "text-anchor": "middle" }, words));
@@ -97,7 +101,8 @@ function highlight(drawing, step) {
     const at = names.indexOf(group.dataset.part);
     group.setAttribute("class", `part ${at === now ? "now" : at < now ? "done" : ""}`);
   }
-  drawing.setAttribute("aria-label", `The model; the present part is: ${PARTS[now][1]}`);
+  const words = drawing.querySelector(".now text").textContent;
+  drawing.setAttribute("aria-label", `The model; the present part is: ${words}`);
 }
 
 // --- numbers as colours
@@ -120,6 +125,7 @@ function drawStrip({ title, values, names }, most) {
   const range = `${written(Math.min(...finite))} to ${written(Math.max(...finite))}`;
   const out = make("span", { className: "soft", textContent: range });
   const cells = make("div", { className: "cells", tabIndex: 0 });
+  cells.classList.toggle("few", values.length <= 32);
   cells.setAttribute("role", "img");
   cells.setAttribute("aria-label", `${title}: ${values.length} values from ${range}`);
   for (const value of values) {
@@ -250,7 +256,8 @@ class Walk {
       this.selects[key] = select;
       tools.append(make("label", {}, words, select));
     }
-    this.drawing = drawModel((id) => this.go(id));
+    const isRotary = this.page.model.config.positions === "rotary";
+    this.drawing = drawModel((id) => this.go(id), isRotary);
     this.heading = make("h3");
     this.said = make("p");
     this.said.setAttribute("aria-live", "polite");

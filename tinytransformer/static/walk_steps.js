@@ -75,7 +75,7 @@ const TO_HEAD = [
     isSum: true,
     part: "position",
     chapter: ["01_embeddings", "A vector for each position"],
-    formula: "x = E[id] + P[position]",
+    formula: (v) => (v.isRotary ? "x = E[id]" : "x = E[id] + P[position]"),
     numbers: (v) => ({
       token: list(v.trace.token),
       position: list(v.trace.place || null),
@@ -349,8 +349,8 @@ const TO_TOKEN = [
       return `Softmax makes probabilities of the logits: by itself, the model gives “${visible(v.show(at))}” ${percent(n.own[at])}. With the controls above, at temperature ${v.settings.temperature}, it is ${percent(n.bent[at])}, and ${n.bent.filter((p) => p > 0).length} tokens are left to draw from.`;
     },
     draw: (v, n) => [
-      candidates("the model", topOf(n.bent), n.own, v, percent),
-      candidates("with your settings", topOf(n.bent), n.bent, v, percent),
+      candidates("the model", topOf(n.bent, 6), n.own, v, percent),
+      candidates("with your settings", topOf(n.bent, 6), n.bent, v, percent),
     ],
   },
   {
