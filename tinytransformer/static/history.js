@@ -115,7 +115,13 @@ function drawAxes({ rows, head, moment }, width, most, x) {
   ].entries())
     drawing.append(svg("text", { x: x(to) + 8, y: TOP + 14 + 15 * i, class: "name" }, words));
   const ticks = [
-    [0, "nats above the truth", [0, 2, 4, 6].filter((value) => value < most), most, String],
+    [
+      0,
+      "nats above the truth (at 0 nothing is left to learn)",
+      [0, 2, 4, 6].filter((value) => value < most),
+      most,
+      String,
+    ],
     [1, "shares", [0, 0.5, 1], 1, percent],
   ];
   for (const [chart, title, values, top, written] of ticks) {
@@ -240,7 +246,7 @@ class Learned {
       this.go(index);
     });
     moment.append(
-      `First the model learns what is certain, such as the rest of a word. Facts come later: between step ${from} and step ${to}, head ${layer}.${head} begins to look back at the fact, and recalled facts get much cheaper. `,
+      `First the model learns what is certain, such as the rest of a word. Facts that the article has given before, such as a year or a name, come later, because the model has to look back for them: between step ${from} and step ${to}, head ${head} of layer ${layer} begins to look at them, and the guesses of the model get much better. `,
       jump,
     );
     this.chart = make("div");
