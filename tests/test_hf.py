@@ -31,7 +31,7 @@ from torch.testing import assert_close
 from tinytransformer.cli import main
 from tinytransformer.engine import complete
 from tinytransformer.files import InputError
-from tinytransformer.generate import KVCache, SampleConfig, next_logits
+from tinytransformer.generate import KVCache, SampleConfig, generate, next_logits
 from tinytransformer.hf import (
     END_TOKENS,
     PAD_TOKENS,
@@ -530,6 +530,24 @@ def test_a_rotary_run_is_exported(workspace, tmp_path):
     swiglu = Transformer(replace(run.model.cfg, activation="swiglu"))
     with pytest.raises(InputError, match="'swiglu', which neither GPT-2 nor GPT-NeoX has"):
         export(replace(run, model=swiglu), tmp_path / "other")
+
+
+def test_a_rotary_export_batches(workspace, tmp_path):
+    "Texts of different lengths, padded on their left, get the positions they have alone."
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = rotary_run(workspace)
+    export(run, tmp_path / "twin")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "twin")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "twin").eval()
+    texts = ["a", " = The Mill = "]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    assert batch["attention_mask"][0, 0] == 0 and batch["attention_mask"].all(dim=1)[1]
+    together = model.generate(**batch, max_new_tokens=6, do_sample=False)[:, -6:]
+    for text, found in zip(texts, together):
+        ids = torch.tensor([tokenizer(text).input_ids])
+        ours = generate(run.model, ids, SampleConfig(max_new_tokens=6, temperature=0))
+        assert found.tolist() == ours[0, -6:].tolist()
 
 
 def test_special_tokens_are_kept(workspace, tmp_path):

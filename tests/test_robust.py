@@ -86,6 +86,33 @@ def test_by_products_cannot_undo_the_work(undisturbed, tmp_path, monkeypatch, ca
     assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_samples_on_a_full_disk(undisturbed, tmp_path, monkeypatch, capsys):
+    "A real file that takes nothing: it fails again when it is closed, and the run is the same run."
+    add = trackers.JsonLines.add
+
+    def add_to_full_disk(self, row):
+        if self.path.name == "samples.jsonl":
+            self.file = self.file or open("/dev/full", "a", encoding="utf-8")
+        add(self, row)
+
+    monkeypatch.setattr(trackers.JsonLines, "add", add_to_full_disk)
+    run = tmp_path / "run"
+    train_run(run, data_in(undisturbed), SHAPE, SHORT, write=lambda model: "a text")
+    said = capsys.readouterr().err
+    assert said.count("No space left on device") == 1 and len(said.splitlines()) == 1
+    for name in ("last/model.safetensors", "summary.json"):
+        assert (run / name).read_bytes() == (undisturbed / "run" / name).read_bytes()
+
+
+def test_tracker_that_fails_when_it_is_closed(undisturbed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trackers.TensorBoardTracker, "finish", fail)
+    train = replace(SHORT, track="tensorboard")
+    train_run(tmp_path / "run", data_in(undisturbed), SHAPE, train)
+    said = capsys.readouterr().err
+    assert said.count("tensorboard does not answer (broken in two lines)") == 1
+    assert (tmp_path / "run/summary.json").exists()
+
+
 class PowerCut(BaseException):
     pass
 
@@ -310,7 +337,7 @@ def test_path_that_is_not_utf8_in_python(undisturbed, tmp_path):
 def container(root: Path, monkeypatch, files: dict[str, str]) -> None:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
+        (root / name).write_bytes(os.fsencode(text))
     monkeypatch.setattr(devices.cpu_quota, "__defaults__", (root,))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
@@ -334,6 +361,40 @@ V1 = "sys/fs/cgroup/cpu,cpuacct/box/cpu.cfs_"
                 f"{V1}period_us": "100000\n",
             },
             4,
+            "quota",
+        ),
+        # two groups, one in the other: the lower quota counts, wherever it is
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/cpu.max": "200000 100000",
+                "sys/fs/cgroup/a/b/cpu.max": "300000 100000",
+            },
+            2,
+            "quota",
+        ),
+        # as Docker has it under version 1: the path is the host's, the files are the container's
+        (
+            {
+                "proc/self/cgroup": "5:cpuset:/x\n4:cpu:/docker/abc\n1:name=systemd:/docker/abc\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "250000\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "50000\n",
+            },
+            5,
+            "5 CPUs",
+        ),
+        (
+            {
+                "proc/self/cgroup": "2:cpu,cpuacct:/box\n",
+                f"{V1}quota_us": "-1\n",
+                f"{V1}period_us": "100000\n",
+            },
+            16,
+            "16 of",
+        ),
+        (
+            {"proc/self/cgroup": "0::/../../\udcff:a\n", "sys/fs/cgroup/cpu.max": "100000 100000"},
+            1,
             "quota",
         ),
         ({}, 16, "16 of"),
@@ -632,6 +693,47 @@ def test_one_flipped_bit(own, split):
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     assert f"{split}.pt" in refusal("evaluate", "runs/small")
+
+
+def swap_two_tokens(file: Path) -> bytes:
+    "Let two tokens of a tokenizer.json have each other's ids; returns what was there before."
+    before = file.read_bytes()
+    about = json.loads(before)
+    vocab = about["model"]["vocab"]
+    one, two = (next(token for token, i in vocab.items() if i == n) for n in (40, 41))
+    vocab[one], vocab[two] = 41, 40
+    file.write_text(json.dumps(about))
+    return before
+
+
+@pytest.mark.parametrize(
+    "command", ["generate RUN hello", "evaluate RUN", "export RUN o", "page RUN o"]
+)
+def test_tokenizer_of_another_run(own, command):
+    "As many tokens as the right one, but not the same: each text would be nonsense."
+    swap_two_tokens(own / "runs/small/tokenizer.json")
+    assert "has other tokens than the model" in refusal(
+        *command.replace("RUN", "runs/small").split()
+    )
+    main(["train", "--resume", "runs/small", "--train.max_steps", "7"])  # writes the right one
+
+
+def test_older_runs_say_nothing_about_their_vocabulary(own):
+    for name in ("last", "best"):
+        about = own / "runs/small" / name / "checkpoint.json"
+        known = json.loads(about.read_text())
+        assert known.pop("vocabulary")
+        about.write_text(json.dumps(known))
+    main(["generate", "runs/small", "hello", "--max_new_tokens", "2"])
+
+
+def test_tokenizer_that_was_changed_after_preparing(own):
+    "It is made again from the rows, and the training is the same."
+    (file,) = (own / "data/processed").glob("*/tokenizer.json")
+    before = swap_two_tokens(file)
+    main(TRAIN)
+    assert file.read_bytes() == before
+    same_as_small(own)
 
 
 # --- locks, and what processes share

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -995,6 +996,50 @@ def test_no_json_without_numbers(run):
         got = client.post("/attention", json=dict(prompt=" = The"))
         assert got.status_code == 500
         assert "error" in json.loads(got.text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_is_practically_impossible(run, monkeypatch, streamed):
+    "Logits may be finite and a log-probability not, because it is the difference of two of them."
+    read = Batch.read
+
+    def read_far_apart(self):
+        logits = torch.full_like(read(self), -3e38)
+        logits[:, 5] = 3e38
+        return logits
+
+    monkeypatch.setattr(Batch, "read", read_far_apart)
+    with TestClient(make_app(run, ServeConfig())) as client:
+        asked = dict(model="small", prompt="a", max_tokens=1, logprobs=3, stream=streamed)
+        answer = client.post("/v1/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    (choice,) = json.loads(answer.text.removeprefix("data: ").split("\n\n")[0])["choices"]
+    assert set(choice["logprobs"]["top_logprobs"][0].values()) == {0, -9999}
+    assert choice["logprobs"]["token_logprobs"][0] in (0, -9999)
+
+
+def test_hanging_up_before_the_first_byte(run, monkeypatch):
+    "Also if the connection is reset while the request is still being read."
+    slow_steps(monkeypatch, 0.01)
+    with in_thread(run, ServeConfig(rows=2, queue=40)) as (url, decoder):
+        place = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        came, reserve = [], decoder.reserve
+        decoder.reserve = lambda places: (came.append(places), reserve(places))
+        for k in range(20):
+            content = json.dumps(
+                dict(model="small", prompt="a", max_tokens=1000, stream=k % 2 == 0)
+            ).encode()
+            head = (
+                "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+            )
+            with socket.create_connection(place) as gone:
+                gone.sendall(head.encode() + content)
+                until(lambda: len(came) > k // 4 or k % 4)
+                if k % 3:  # closing it now resets the connection
+                    gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        until(lambda: came and decoder.free == 42)
+        assert not (decoder.listeners or decoder.worker.running or decoder.worker.waiting)
 
 
 def test_a_fault_between_steps(run, monkeypatch, caplog):

@@ -18,6 +18,7 @@ from tinytransformer.engine import STRATEGIES, beam_search, compare, complete, s
 from tinytransformer.explorer import AttentionExplorer, ablation, look, token_texts
 from tinytransformer.generate import SampleConfig, encode_prompt, generate
 from tinytransformer.model import ModelConfig
+from tinytransformer.model_page import model_page
 from tinytransformer.runs import load_run, train_run
 from tinytransformer.serve import ServeConfig, make_app
 from tinytransformer.train import TrainConfig, evaluate
@@ -145,6 +146,13 @@ def test_looking(run):
     assert losses == pytest.approx(ablation(run.model, ids), abs=1e-5)
     same = attention_map(there.weights, there.tokens, vectors=there.vectors)
     assert same.data["weights"] == shown.data["weights"]
+
+
+def test_page(run):
+    "The page that holds the model is the same file."
+    there = model_page(run).html
+    run.model.cpu()
+    assert model_page(run).html == there
 
 
 def test_server(run):

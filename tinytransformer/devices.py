@@ -159,7 +159,7 @@ def cpu_quota(
     "How many CPUs this process has the time of: the lowest quota of its control groups (v1, v2)."
     groups = root / "sys/fs/cgroup"
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = os.fsdecode((root / "proc/self/cgroup").read_bytes()).splitlines()
     except OSError:
         return None  # not Linux
     found = []

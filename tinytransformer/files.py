@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -245,4 +245,5 @@ class JsonLines:
     def close(self) -> None:
         "Close the file; nothing happens if no row was written."
         if self.file:
-            self.file.close()
+            with suppress(OSError):  # of a row for which `add` has raised it already
+                self.file.close()

@@ -8,8 +8,8 @@ __all__ = ['MAX_EXCESS_LOSS', 'MIN_FACT_RECALL', 'TRAINED_FOLDER', 'TRAINED', 'i
            'check_run_folder', 'is_compile_error', 'explain_training_errors', 'summary', 'near_floor',
            'compare_with_floor', 'Run', 'Job', 'resolve_settings', 'train_run', 'report_changes', 'report_jump',
            'build_model', 'describe_run', 'train_model', 'keep_history', 'write_sample', 'undisturbed', 'gather_model',
-           'write_settings', 'draw_curve', 'write_results', 'read_run_config', 'read_run_tokenizer', 'check_finite',
-           'load_run', 'find_data', 'prepare_again', 'run_data']
+           'write_settings', 'draw_curve', 'write_results', 'read_run_config', 'vocabulary_digest',
+           'read_run_tokenizer', 'check_finite', 'load_run', 'find_data', 'prepare_again', 'run_data']
 
 # %% ../nbs/appendix/runs.ipynb #9d219095
 import getpass
@@ -87,6 +87,7 @@ from tinytransformer.files import (
     is_write_error,
     read_json,
     read_rows,
+    to_json,
     write_json,
     write_whole,
 )
@@ -505,6 +506,7 @@ def describe_run(
         config=job.config,
         data=job.corpus.fingerprint,
         tokens=job.corpus.content,
+        vocabulary=vocabulary_digest(job.corpus.tokenizer),
         versions=here["versions"],
         commit=here["commit"],
     )
@@ -686,7 +688,16 @@ def read_run_config(folder: Path) -> tuple[dict[str, dict], ModelConfig]:
         raise InputError(f"{folder / 'config.yaml'}: {error}") from error
 
 
-def read_run_tokenizer(folder: Path, vocab_size: int | None) -> Tokenizer:
+def vocabulary_digest(tokenizer: Tokenizer) -> str:
+    "A digest of the tokens and their ids, whichever version of the library wrote the file."
+    return digest(to_json(sorted(tokenizer.get_vocab().items())))
+
+
+def read_run_tokenizer(
+    folder: Path,
+    vocab_size: int | None,  # of the model
+    vocabulary: str | None = None,  # its `vocabulary_digest`; None: of an older run
+) -> Tokenizer:
     "The tokenizer of a run. Raises `InputError` if it is damaged or of another run."
     path = folder / "tokenizer.json"
     try:
@@ -700,6 +711,10 @@ def read_run_tokenizer(folder: Path, vocab_size: int | None) -> Tokenizer:
         raise InputError(
             f"{path} has {tokenizer.get_vocab_size()} tokens, but the model was made for"
             f" {vocab_size}: it belongs to another run"
+        )
+    if vocabulary not in (None, vocabulary_digest(tokenizer)):
+        raise InputError(
+            f"{path} has other tokens than the model was trained with: copy it from the run's data"
         )
     return tokenizer
 
@@ -739,7 +754,7 @@ def load_run(
     except InputError as error:
         raise InputError(f"{found[0]}: {error}") from error
     model.load_state_dict(saved.weights, strict=False)  # a tied matrix is there once
-    tokenizer = read_run_tokenizer(folder, model.cfg.vocab_size)
+    tokenizer = read_run_tokenizer(folder, model.cfg.vocab_size, saved.info.get("vocabulary"))
     return Run(folder, config, model.eval(), tokenizer, saved.info)
 
 # %% ../nbs/appendix/runs.ipynb #467294d7
