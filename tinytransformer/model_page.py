@@ -91,8 +91,8 @@ class ModelPage:
         # a notebook that is not trusted is shown without styles and frames, so the words remain
         return (
             "<style>.model-page-words { display: none }</style>"
-            f'<p class="model-page-words">{html.escape(self.title)}: a page in which a model writes.'
-            " Run this cell to see it.</p>"
+            f'<p class="model-page-words">{html.escape(self.title)}: a page in which a model'
+            " writes. Run this cell to see it.</p>"
             f'<iframe title="{html.escape(self.title)}" srcdoc="{html.escape(self.html)}"'
             f' style="width:100%;height:{self.height};border:0" loading="lazy"></iframe>'
         )
@@ -144,9 +144,9 @@ def describe_run(run: Run) -> str:
     parameters = count_parameters(run.model)
     context = run.model.cfg.seq_len
     return (
-        f"A whole language model is in this page: {parameters:,} numbers, trained to say which token"
-        " comes next, where a token is a word or a piece of one. It asks no server, and what you type"
-        f" stays here. The model sees at most {context} tokens."
+        f"A whole language model is in this page: {parameters:,} numbers, trained to say which"
+        " token comes next, where a token is a word or a piece of one. It asks no server, and what"
+        f" you type stays here. The model sees at most {context} tokens."
     )
 
 
