@@ -37,7 +37,7 @@ from schemathesis.checks import CHECKS
 from tinytransformer.cli import main
 from tinytransformer.engine import Batch, complete, start_batch, stream
 from tinytransformer.generate import SampleConfig
-from tinytransformer.runs import load_run
+from tinytransformer.runs import load_run, read_run_tokenizer
 from tinytransformer.serve import ServeConfig, make_app
 
 # a machine that has other work takes its time to answer
@@ -314,6 +314,7 @@ def test_half_a_character_in_the_prompt(client, run, streamed):
 def special_run(served_run, tmp_path):
     "The run with a tokenizer whose last token is special."
     folder = shutil.copytree(served_run, tmp_path / "special")
+    run = load_run(folder)
     saved = json.loads((folder / "tokenizer.json").read_text())
     last = max(saved["model"]["vocab"], key=saved["model"]["vocab"].get)
     number = saved["model"]["vocab"].pop(last)
@@ -321,7 +322,8 @@ def special_run(served_run, tmp_path):
     like = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
     saved["added_tokens"] = [dict(id=number, content="<|endoftext|>", special=True) | like]
     (folder / "tokenizer.json").write_text(json.dumps(saved))
-    return load_run(folder), number
+    tokenizer = read_run_tokenizer(folder, run.model.cfg.vocab_size)  # other tokens than it had
+    return dataclasses.replace(run, tokenizer=tokenizer), number
 
 
 def test_text_that_looks_like_a_special_token(special_run):

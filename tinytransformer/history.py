@@ -199,7 +199,7 @@ class PackedHistory:
     def to_bytes(self) -> bytes:
         sizes = {step: len(content) for step, content in self.packed.items()}
         head = dict(format=1, sizes=sizes, shapes=self.shapes, rows=self.rows)
-        return json.dumps(head).encode() + b"\n" + b"".join(self.packed.values())
+        return json.dumps(head, allow_nan=False).encode() + b"\n" + b"".join(self.packed.values())
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "PackedHistory":
