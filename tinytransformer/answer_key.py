@@ -295,14 +295,16 @@ def fact_pairs(
         chosen: dict[str, FactPair] = {}
         for name, first, end in found:
             others = [value for value in values[name] if value != text[first:end]]
-            for new in rng.sample(others, len(others)):
-                pair = (
-                    None
-                    if name in chosen
-                    else pair_at(tokenizer, text[:first], name, text[first:end], new, grammar)
-                )
-                if pair is not None:
-                    chosen[name] = pair
+            shuffled = rng.sample(others, len(others))
+            if name in chosen:
+                continue
+            ways = (
+                pair_at(tokenizer, text[:first], name, text[first:end], v, grammar)
+                for v in shuffled
+            )
+            pair = next(filter(None, ways), None)
+            if pair is not None:
+                chosen[name] = pair
         pairs.append(list(chosen.values()))
     return pairs
 
